@@ -1,0 +1,116 @@
+"""Compare TRPO's critics with each other and with sb3_contrib.TRPO at equal settings.
+
+    python examples/benchmarks/critics.py                # run what is missing, two jobs at a time, then report
+    python examples/benchmarks/critics.py --report       # report what is there
+
+A job is (arm, environment, seed), in a process of its own with one thread, and leaves one JSON file; finished jobs are
+never run again. The score is the mean return of the last 100 training episodes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "critics"
+TIMESTEPS = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000, "Hopper-v5": 150_000, "HalfCheetah-v5": 150_000}
+ARMS = ("gauss_newton", "adam", "sb3_contrib")
+SEEDS = range(5)
+
+
+def run_job(arm: str, env_id: str, seed: int) -> None:
+    """Train one model and write its score."""
+    import torch
+    from sb3_contrib import TRPO as ContribTRPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from sb3_trpo_ext import TRPO
+
+    torch.set_num_threads(1)
+    env = VecNormalize(make_vec_env(env_id, n_envs=2, seed=seed))
+    settings: dict[str, Any] = {"n_steps": 1024, "seed": seed, "device": "cpu"}
+    model = (
+        ContribTRPO("MlpPolicy", env, **settings)
+        if arm == "sb3_contrib"
+        else TRPO("MlpPolicy", env, critic=arm, **settings)
+    )
+    model.learn(TIMESTEPS[env_id])
+    assert model.ep_info_buffer is not None
+    result = {
+        "arm": arm,
+        "env": env_id,
+        "seed": seed,
+        "timesteps": TIMESTEPS[env_id],
+        "score": float(np.mean([episode["r"] for episode in model.ep_info_buffer])),
+        "versions": {name: version(name) for name in ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch")},
+    }
+    path = result_path(arm, env_id, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    partial.replace(path)
+
+
+def result_path(arm: str, env_id: str, seed: int) -> Path:
+    """Where a job leaves its score."""
+    return RESULTS / f"{arm}-{env_id}-{seed}.json"
+
+
+def run_missing(workers: int) -> None:
+    """Run the unfinished jobs in processes of their own."""
+    jobs = [(arm, env_id, seed) for seed in SEEDS for env_id in TIMESTEPS for arm in ARMS]
+    jobs = [job for job in jobs if not result_path(*job).exists()]
+
+    def launch(job: tuple[str, str, int]) -> None:
+        command = [sys.executable, __file__, "--job", *map(str, job)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        print("done:", *job, flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(launch, jobs))
+
+
+def report() -> None:
+    """Print a Markdown table: mean over seeds with its 95 % Student-t interval."""
+    from scipy import stats
+
+    print("| environment (steps) | " + " | ".join(ARMS) + " |")
+    print("|---" * (len(ARMS) + 1) + "|")
+    for env_id, steps in TIMESTEPS.items():
+        cells = []
+        for arm in ARMS:
+            paths = [result_path(arm, env_id, seed) for seed in SEEDS]
+            scores = np.array([json.loads(path.read_text())["score"] for path in paths if path.exists()])
+            if len(scores) < 2:
+                cells.append("-")
+                continue
+            half_width = stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores))
+            cells.append(f"{scores.mean():.0f} ± {half_width:.0f} (n={len(scores)})")
+        print(f"| {env_id} ({steps // 1000}k) | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", nargs=3, metavar=("ARM", "ENV", "SEED"), help="run one job (used internally)")
+    parser.add_argument("--report", action="store_true", help="only report")
+    parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
+    args = parser.parse_args()
+    if args.job:
+        run_job(args.job[0], args.job[1], int(args.job[2]))
+        return
+    if not args.report:
+        run_missing(args.workers)
+    report()
+
+
+if __name__ == "__main__":
+    main()

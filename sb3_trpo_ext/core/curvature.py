@@ -1,0 +1,74 @@
+"""Matrix-free Gauss-Newton products v ↦ (Jᵀ M J + λI) v."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sb3_trpo_ext.core.vectors import flat_vjp
+
+Metric = Callable[[Tensor], Tensor]
+"""A linear map on outputs, (N, K) -> (N, K): the Hessian M of a loss in its outputs, sample weights included."""
+
+Segment = Callable[[], tuple[Tensor, Metric]]
+"""Runs the model on some of the samples: outputs z with their graph, and the metric there."""
+
+
+class Linearization:
+    """The Jacobian J = ∂z/∂θ of one forward pass, as products in both directions.
+
+    J v needs only reverse mode: w ↦ Jᵀw is linear, so its own vector-Jacobian product with v is J v (the
+    "double-VJP trick"). The graph of Jᵀw is built once and serves every product.
+
+    Args:
+        outputs: z with its graph, shape ``(N, K)``.
+        params: θ, P numbers in all.
+    """
+
+    def __init__(self, outputs: Tensor, params: Sequence[Tensor]) -> None:
+        self._outputs = outputs
+        self._params = params
+        self._cotangent = torch.zeros_like(outputs, requires_grad=True)
+        self._pullback = flat_vjp(outputs, params, self._cotangent, create_graph=True)
+
+    def jvp(self, vector: Tensor) -> Tensor:
+        """J v: ``(P,)`` -> ``(N, K)``."""
+        (image,) = torch.autograd.grad(self._pullback, self._cotangent, vector, retain_graph=True)
+        return image
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ w: ``(N, K)`` -> ``(P,)``."""
+        return flat_vjp(self._outputs, self._params, cotangent)
+
+
+class GaussNewtonProduct:
+    """v ↦ (Jᵀ M J + λI) v, summed over segments of the batch.
+
+    With z the parameters of a distribution and M its Fisher metric this is the Fisher-vector product, equal to the
+    Hessian of E_s[KL(π_old‖π_θ)] at θ_old (Schulman et al. 2015, appendix C.1). With z = V and M = the sample
+    weights it is the Gauss-Newton matrix of the value loss.
+
+    Args:
+        segments: Forward passes that together cover the samples. A single one is run once and its graph is kept for
+            all products; several are run and released in turn at each product, so memory is bounded by the largest.
+        params: θ, P numbers in all.
+        damping: λ >= 0, added to the diagonal.
+    """
+
+    def __init__(self, segments: Sequence[Segment], params: Sequence[Tensor], damping: float) -> None:
+        self._segments = segments
+        self._params = params
+        self._damping = damping
+        self._cached = self._linearize(segments[0]) if len(segments) == 1 else None
+
+    def _linearize(self, segment: Segment) -> tuple[Linearization, Metric]:
+        outputs, metric = segment()
+        return Linearization(outputs, self._params), metric
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Multiply a vector ``(P,)``."""
+        result = self._damping * vector
+        for segment in self._segments:
+            linear, metric = self._cached or self._linearize(segment)
+            result = result + linear.vjp(metric(linear.jvp(vector)))
+        return result

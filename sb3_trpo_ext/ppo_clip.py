@@ -1,0 +1,275 @@
+"""Proximal Policy Optimization, clipped objective."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor
+from torch.nn import functional as F
+
+from sb3_trpo_ext.core.objectives import clipped_surrogate
+from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
+from sb3_trpo_ext.sb3.batch import consistent_evaluation, policy_actions, unchanged_numpy_state, whole_rollout
+from sb3_trpo_ext.sb3.checks import check_at_least, check_minibatches, check_positive, check_rollout_size
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+
+SelfPPOClip = TypeVar("SelfPPOClip", bound="PPOClip")
+
+KL_CHUNK_SIZE = 2048
+"""Most samples in one forward pass when the exact KL is evaluated."""
+
+Statistics = dict[str, list[float]]
+
+
+class PPOClip(TrustRegionAlgorithm):
+    """Proximal Policy Optimization with the clipped objective (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+    Minibatch ascent on E[min(r·Â, clip(r, 1-ε, 1+ε)·Â)] (equation 7) less ``vf_coef`` times the value loss plus
+    ``ent_coef`` times the entropy (equation 9). With ``fast_rollouts=False`` it takes the same steps as
+    ``stable_baselines3.PPO``, number for number. Beyond it, the exact joint KL divergence is logged beside the sampled
+    estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
+
+    Args:
+        policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.
+        env: The environment, or its Gymnasium id.
+        learning_rate: Step size, a float or a schedule of the remaining progress.
+        n_steps: Steps of each environment in a rollout.
+        batch_size: Minibatch size.
+        n_epochs: Passes over the rollout in an update.
+        gamma: Discount factor.
+        gae_lambda: λ of generalised advantage estimation (Schulman et al. 2016).
+        clip_range: ε, a float or a schedule of the remaining progress.
+        clip_range_vf: Clipping of the value function, likewise; None for none.
+        normalize_advantage: Standardise Â over each minibatch.
+        ent_coef: Weight of the entropy bonus.
+        vf_coef: Weight of the value loss.
+        max_grad_norm: Largest norm of a gradient; longer ones are scaled down.
+        use_sde: Use generalised state-dependent exploration (gSDE).
+        sde_sample_freq: Steps between new gSDE noise matrices; -1 for one a rollout.
+        rollout_buffer_class: Rollout buffer class; None chooses by the observation space.
+        rollout_buffer_kwargs: Its further arguments.
+        target_kl: End the update before a minibatch whose sampled KL estimate exceeds 1.5 times this; None for never.
+        stats_window_size: Episodes in the logged means.
+        tensorboard_log: Directory for TensorBoard; None for none.
+        policy_kwargs: Further arguments of the policy.
+        verbose: 0 silent, 1 info, 2 debug.
+        seed: Seed of all random generators.
+        device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
+        max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
+            back, optimiser included, and ends the update. None for no bound.
+        fast_rollouts: Reserved for a faster collection of rollouts; accepted, and without effect yet.
+        _init_setup_model: Build the networks at construction.
+
+    Raises:
+        AssertionError: If advantages are normalised over a single sample, as in SB3's PPO.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        max_kl: float | None = None,
+        fast_rollouts: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.max_kl = max_kl
+        self.fast_rollouts = fast_rollouts
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+    def _check_arguments(self) -> None:
+        if self.normalize_advantage and self.batch_size <= 1:
+            raise AssertionError(
+                f"`batch_size` must be greater than 1 to normalise advantages, got {self.batch_size}. Raise it or pass "
+                "normalize_advantage=False."
+            )
+        for name in ("batch_size", "n_epochs"):
+            check_at_least(name, getattr(self, name), 1)
+        if not callable(self.clip_range):
+            check_positive("clip_range", self.clip_range)
+        if isinstance(self.clip_range_vf, (int, float)) and not self.clip_range_vf > 0:
+            raise AssertionError(
+                f"`clip_range_vf` must be positive, got {self.clip_range_vf}. Pass None to switch value clipping off."
+            )
+        for name in ("target_kl", "max_kl"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name), hint="Pass None for no bound.")
+        if self.env is not None:
+            check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
+            check_minibatches(self.n_steps, self.n_envs, self.batch_size)
+
+    def _update(self) -> dict[str, float]:
+        record: dict[str, float] = {}
+        with timed(record, "time/policy_s"):
+            with unchanged_numpy_state():
+                batch = whole_rollout(self.rollout_buffer, self.action_space)
+            with consistent_evaluation(self.policy):
+                problem = PolicyProblem(self.policy, batch, chunk_size=KL_CHUNK_SIZE)
+            statistics, evaluation, reason = self._epochs(problem)
+        self._report_rejection(reason) if reason else self._report_success()
+
+        means = {key: float(np.mean(values)) for key, values in statistics.items()}
+        record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
+        record["train/loss"] = statistics["loss"][-1]
+        record["train/clip_range"] = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        if self.clip_range_vf is not None:
+            record["train/clip_range_vf"] = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        record["train/kl_divergence_loss"] = evaluation.divergence
+        record["train/kl_max"] = evaluation.kl_max
+        record["train/entropy"] = evaluation.entropy
+        return record
+
+    def _epochs(self, problem: PolicyProblem) -> tuple[Statistics, PolicyEvaluation, str]:
+        """Run the epochs; returns their statistics, the policy they leave, and why the last was rolled back, if so."""
+        statistics: Statistics = defaultdict(list)
+        reason = ""
+        for epoch in range(self.n_epochs):
+            before = self._checkpoints() if self.max_kl is not None else ()
+            within_target = self._epoch(epoch, statistics)
+            if self.max_kl is not None and not self._exact(problem).divergence <= self.max_kl:
+                for state in before:
+                    state.restore()
+                if epoch == 0:
+                    reason = "the first epoch left the ball of radius `max_kl`"
+                break
+            self._n_updates += 1
+            if not within_target:
+                break
+        return statistics, self._exact(problem), reason
+
+    def _exact(self, problem: PolicyProblem) -> PolicyEvaluation:
+        with consistent_evaluation(self.policy):
+            return problem.evaluate()
+
+    def _epoch(self, epoch: int, statistics: Statistics) -> bool:
+        """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
+        self.policy.set_training_mode(True)
+        statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
+        for data in self.rollout_buffer.get(self.batch_size):
+            loss, approx_kl = self._loss(data, statistics)
+            if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+                if self.verbose >= 1:
+                    print(f"PPOClip: epoch {epoch} ended by target_kl, sampled KL {approx_kl:.3g}.")
+                return False
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+        return True
+
+    def _loss(self, data: RolloutBufferSamples, statistics: Statistics) -> tuple[Tensor, float]:
+        """The loss on a minibatch, with its graph, and the sampled KL estimate (r - 1) - log r."""
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        actions = policy_actions(data.actions, self.action_space)
+        values, log_prob, entropy = self.policy.evaluate_actions(data.observations, actions)
+
+        advantages = data.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        log_ratio = log_prob - data.old_log_prob
+        ratio = torch.exp(log_ratio)
+        policy_loss = -clipped_surrogate(ratio, advantages, clip_range).mean()
+        value_loss = F.mse_loss(data.returns, self._clipped_values(values.flatten(), data.old_values))
+        entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+
+        with torch.no_grad():
+            approx_kl = torch.mean((ratio - 1) - log_ratio).item()
+            statistics["clip_fraction"].append(torch.mean((torch.abs(ratio - 1) > clip_range).float()).item())
+        statistics["approx_kl"].append(approx_kl)
+        statistics["policy_gradient_loss"].append(policy_loss.item())
+        statistics["value_loss"].append(value_loss.item())
+        statistics["entropy_loss"].append(entropy_loss.item())
+        statistics["loss"].append(loss.item())
+        return loss, approx_kl
+
+    def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
+        if self.clip_range_vf is None:
+            return values
+        bound = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        return old_values + torch.clamp(values - old_values, -bound, bound)
+
+    def learn(
+        self: SelfPPOClip,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPOClip",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPOClip:
+        """Train for ``total_timesteps`` steps of all environments together; arguments as in SB3."""
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

@@ -1,0 +1,150 @@
+"""What every algorithm of the family shares: rollouts that are checked, updates that are atomic, and the log."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.core.trust_region import Restorable, atomic
+from sb3_trpo_ext.sb3.checks import check_observation, check_rollout
+from sb3_trpo_ext.sb3.distributions import family_of
+from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
+
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+"""The action spaces of SB3's PPO."""
+
+REJECTIONS_BEFORE_WARNING = 10
+
+
+class TrustRegionAlgorithm(OnPolicyAlgorithm):
+    """Template of the family: collect a rollout, check it, update as one transaction, log.
+
+    A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy
+    and optimiser are afterwards either exactly as before or fully updated.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+
+    def __init__(self, *args: Any, _init_setup_model: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
+        self._rejections_in_a_row = 0
+        self._reported_rejections: list[str] = []
+
+    def _setup_model(self) -> None:
+        """Check the arguments, then build; `load` comes through here too."""
+        self._check_arguments()
+        super()._setup_model()
+        action_distribution = getattr(self.policy, "action_dist", None)
+        if action_distribution is not None:
+            family_of(action_distribution)
+
+    @abstractmethod
+    def _check_arguments(self) -> None:
+        """Raise or warn about arguments that cannot work, naming argument, value and cure."""
+
+    @abstractmethod
+    def _update(self) -> dict[str, float]:
+        """Update policy and critic from the full rollout buffer; returns what to log."""
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Collect a rollout as SB3 does, and refuse one that is not finite.
+
+        Raises:
+            ValueError: If an observation, action, reward, value, log-probability, advantage or return is NaN or
+                infinite; the message names which, the environment and the step. The policy is unchanged and the
+                next ``learn`` resets the environments.
+        """
+        start = time.perf_counter()
+        try:
+            try:
+                completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            except Exception as error:
+                # A policy that refuses NaN says nothing of where it came from.
+                try:
+                    check_observation(self._last_obs, step=rollout_buffer.pos)
+                except ValueError as located:
+                    raise located from error
+                raise
+            if completed:
+                check_rollout(rollout_buffer, self._last_obs)
+        except ValueError:
+            self._last_obs = None
+            raise
+        self.logger.record("time/rollout_s", time.perf_counter() - start)
+        return completed
+
+    def train(self) -> None:
+        """Update policy and critic from the rollout buffer, as one transaction."""
+        states = self._checkpoints()
+        with atomic(*states):
+            self._update_learning_rate(self.policy.optimizer)
+            record = self._update()
+            if not all(bool(param.isfinite().all()) for param in self.policy.parameters()):
+                for state in states:
+                    state.restore()
+                self._report_rejection("a parameter became non-finite")
+        self._log(record)
+
+    def _checkpoints(self) -> tuple[Restorable, ...]:
+        """All that an update may change."""
+        return policy_checkpoint(self.policy), OptimizerCheckpoint(self.policy.optimizer)
+
+    def _log(self, record: dict[str, float]) -> None:
+        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in record.items():
+            self.logger.record(key, value)
+
+    def _report_rejection(self, reason: str) -> None:
+        """Tell the user why an update was rejected: each reason once, and a warning when it goes on."""
+        if reason not in self._reported_rejections:
+            self._reported_rejections.append(reason)
+            if self.verbose >= 1:
+                print(f"{type(self).__name__}: update rejected, the policy is unchanged: {reason}.")
+        self._rejections_in_a_row += 1
+        if self._rejections_in_a_row == REJECTIONS_BEFORE_WARNING:
+            warnings.warn(
+                f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. The usual "
+                "cures: a smaller `target_kl`, more `cg_damping`, a larger batch (`n_steps`), and rewards of the order "
+                "of one (VecNormalize).",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _report_success(self) -> None:
+        self._rejections_in_a_row = 0
+
+
+@contextmanager
+def timed(record: dict[str, float], key: str) -> Iterator[None]:
+    """Store the seconds that a block takes."""
+    start = time.perf_counter()
+    yield
+    record[key] = time.perf_counter() - start

@@ -1,0 +1,106 @@
+"""Refuse what cannot work: impossible arguments at construction, non-finite rollouts before they reach a parameter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.buffers import RolloutBuffer
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise `ValueError` unless ``value >= least``."""
+    if not value >= least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_positive(name: str, value: Any, *, hint: str = "") -> float:
+    """Return ``value`` as a float, or raise `ValueError` unless it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < float(value) < math.inf:
+        raise ValueError(f"`{name}` must be a positive number, got {value!r}. {hint}".rstrip())
+    return float(value)
+
+
+def check_fraction(name: str, value: float, *, include_zero: bool = False) -> None:
+    """Raise `ValueError` unless ``value`` lies in (0, 1), or [0, 1)."""
+    if not (0 < value < 1 or (include_zero and value == 0)):
+        raise ValueError(f"`{name}` must lie in {'[' if include_zero else '('}0, 1), got {value}.")
+
+
+def check_rollout_size(n_steps: int, n_envs: int, *, normalize_advantage: bool) -> None:
+    """One sample has no standard deviation: refuse it the way SB3's PPO does, with an `AssertionError`."""
+    if normalize_advantage and n_steps * n_envs <= 1:
+        raise AssertionError(
+            f"`n_steps * n_envs` must be greater than 1 to normalise advantages, got n_steps={n_steps} and "
+            f"n_envs={n_envs}. Raise n_steps or pass normalize_advantage=False."
+        )
+
+
+def check_minibatches(n_steps: int, n_envs: int, batch_size: int) -> None:
+    """Warn, as SB3's PPO does, where the last minibatch of an epoch is smaller than the others."""
+    size = n_steps * n_envs
+    if size % batch_size:
+        warnings.warn(
+            f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
+            f"{n_steps} * {n_envs} = {size} samples, so the last mini-batch of each epoch has {size % batch_size}. "
+            "Choose a `batch_size` that divides n_steps * n_envs.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+CURE = "Wrap the environment in stable_baselines3.common.vec_env.VecCheckNan to find where it comes from."
+
+
+def check_observation(observation: Any, *, step: int) -> None:
+    """Raise `ValueError` if the observation that the policy is about to see is not finite.
+
+    Args:
+        observation: Array ``(E, ...)`` or a dict of them.
+        step: Step of the rollout, for the message.
+    """
+    for name, array in _named_observations(observation):
+        _raise_unless_finite(name, np.asarray(array)[None], first_step=step)
+
+
+def check_rollout(buffer: RolloutBuffer, last_observation: Any) -> None:
+    """Raise `ValueError` naming what in a full rollout is not finite, with its step and environment index.
+
+    Args:
+        buffer: A rollout buffer that has not been flattened yet: arrays ``(T, E, ...)``.
+        last_observation: The observation after the last step, ``(E, ...)`` or a dict of them.
+    """
+    for name, array in _named_observations(buffer.observations):
+        _raise_unless_finite(name, array)
+    check_observation(last_observation, step=buffer.buffer_size)
+    for name, array in (
+        ("action", buffer.actions),
+        ("reward (with the bootstrapped value at a timeout)", buffer.rewards),
+        ("value", buffer.values),
+        ("log-probability", buffer.log_probs),
+        ("advantage", buffer.advantages),
+        ("return", buffer.returns),
+    ):
+        _raise_unless_finite(name, array)
+
+
+def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(observation, dict):
+        for key, value in observation.items():
+            yield f"observation[{key!r}]", value
+    else:
+        yield "observation", observation
+
+
+def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0) -> None:
+    if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+        return
+    step, env, *_ = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
+    worst = array[step, env][~np.isfinite(array[step, env])].flat[0]
+    raise ValueError(
+        f"The rollout holds a {name} that is not finite ({worst}), in environment {env} at step {first_step + step}. "
+        f"The policy is unchanged. {CURE}"
+    )

@@ -1,0 +1,73 @@
+"""Which parameters an output reaches: told by the graph, never by a name."""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sb3_trpo_ext.core.trust_region import Checkpoint
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are not frozen, each once."""
+    return [param for param in module.parameters() if param.requires_grad]
+
+
+def gradient(terms: Iterable[Tensor], params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Gradient of a sum of scalars, for those parameters that the graph of some term reaches.
+
+    Each term's graph is released before the next is built, if ``terms`` builds them lazily; that of a term made
+    elsewhere lives as long as its owner keeps it.
+
+    Args:
+        terms: Scalars with their graphs.
+        params: Candidates.
+
+    Returns:
+        Gradients by parameter, in the order of ``params``; a parameter that is not reached is absent, one that is
+        reached with gradient zero is present.
+    """
+    reached: dict[nn.Parameter, Tensor] = {}
+    for term in terms:
+        if not term.requires_grad:
+            continue
+        for param, grad in zip(
+            params, torch.autograd.grad(term, params, retain_graph=True, allow_unused=True), strict=True
+        ):
+            if grad is not None:
+                reached[param] = reached[param] + grad if param in reached else grad
+    return {param: reached[param] for param in params if param in reached}
+
+
+def policy_checkpoint(policy: nn.Module) -> Checkpoint:
+    """All parameters and buffers of a policy, frozen ones and running statistics included."""
+    return Checkpoint(chain(policy.parameters(), policy.buffers()))
+
+
+class OptimizerCheckpoint:
+    """A copy of an optimiser's state (moments, step counts, hyperparameters) that can be put back.
+
+    Args:
+        optimizer: Any torch optimiser.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._saved = _copied(optimizer.state_dict())
+
+    def restore(self) -> None:
+        """Put the state back."""
+        self._optimizer.load_state_dict(self._saved)
+
+
+def _copied(state: Any) -> Any:
+    """Copy nested dicts and lists down to their tensors; a plain deepcopy would trip over graph tensors."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copied(value) for value in state)
+    return state

@@ -14,7 +14,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield views of ``vector`` with the shapes of ``like``: the inverse of `flatten`."""
     sizes = [tensor.numel() for tensor in like]
-    for piece, tensor in zip(vector.split(sizes), like, strict=True):
+    for piece, tensor in zip(torch.split(vector, sizes), like, strict=True):
         yield piece.view_as(tensor)
 
 

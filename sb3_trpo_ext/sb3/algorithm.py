@@ -20,6 +20,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -47,8 +48,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
-    def __init__(self, *args: Any, _init_setup_model: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
+    def __init__(self, policy: str | type[ActorCriticPolicy], env: GymEnv | str, **kwargs: Any) -> None:
+        super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
 

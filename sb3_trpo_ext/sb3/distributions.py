@@ -10,6 +10,7 @@ averages over samples.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from stable_baselines3.common.distributions import (
@@ -81,11 +82,8 @@ class CategoricalFamily(Family):
 
     def coordinates(self, distribution: Distribution) -> Tensor:
         """Read z = log p, normalised for each choice."""
-        categoricals = distribution.distribution
-        if not isinstance(categoricals, list):
-            assert isinstance(categoricals, torch.distributions.Categorical)
-            categoricals = [categoricals]
-        return torch.cat([choice.logits for choice in categoricals], dim=1)
+        choices: Any = distribution.distribution
+        return torch.cat([choice.logits for choice in (choices if isinstance(choices, list) else [choices])], dim=1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum of the KL divergences of the choices."""

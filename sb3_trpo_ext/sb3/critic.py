@@ -64,9 +64,9 @@ class GaussNewtonCritic(Critic):
     def __init__(
         self,
         *,
-        damping: float = 0.1,
+        damping: float = 0.01,
         cg_steps: int = 10,
-        n_steps: int = 1,
+        n_steps: int = 3,
         max_backtracks: int = 8,
         chunk_size: int | None = None,
     ) -> None:

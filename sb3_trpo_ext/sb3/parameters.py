@@ -59,7 +59,7 @@ class OptimizerCheckpoint:
 
     def restore(self) -> None:
         """Put the state back."""
-        self._optimizer.load_state_dict(self._saved)
+        self._optimizer.load_state_dict(_copied(self._saved))
 
 
 def _copied(state: Any) -> Any:

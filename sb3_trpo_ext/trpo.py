@@ -297,8 +297,8 @@ class TRPO(TrustRegionAlgorithm):
         if not bool(gradient.isfinite().all()):
             return PolicyStep(actor, problem.start, reason="the gradient of the surrogate is not finite")
 
-        fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self.sub_sampling_factor)
         with explained_double_backward():
+            fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self.sub_sampling_factor)
             solution = conjugate_gradient(
                 fisher, gradient, max_steps=self.cg_max_steps, residual_tol=self.cg_residual_tol
             )

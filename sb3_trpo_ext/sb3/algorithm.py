@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import abstractmethod
@@ -104,11 +105,19 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         with atomic(*states):
             self._update_learning_rate(self.policy.optimizer)
             record = self._update()
-            if not all(bool(param.isfinite().all()) for param in self.policy.parameters()):
+            if broken := self._non_finite_outcome(record):
                 for state in states:
                     state.restore()
-                self._report_rejection("a parameter became non-finite")
+                self._report_rejection(broken)
         self._log(record)
+
+    def _non_finite_outcome(self, record: dict[str, float]) -> str:
+        """Why a finished update must be undone; empty if it need not be."""
+        for loss in ("value_loss", "loss"):
+            if not math.isfinite(record.get(f"train/{loss}", 0.0)):
+                return f"the {loss.replace('_', ' ')} is not finite"
+        finite = all(bool(param.isfinite().all()) for param in self.policy.parameters())
+        return "" if finite else "a parameter became non-finite"
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""

@@ -67,7 +67,7 @@ class GaussNewtonCritic(Critic):
         damping: float = 0.01,
         cg_steps: int = 10,
         n_steps: int = 3,
-        max_backtracks: int = 8,
+        max_backtracks: int = 20,
         chunk_size: int | None = None,
     ) -> None:
         for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):

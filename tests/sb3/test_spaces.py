@@ -1,0 +1,78 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from envs import ACTION_SPACES, OBSERVATION_SPACES, make
+from stable_baselines3.common.buffers import RolloutBuffer
+from test_policy_problem import AttentionExtractor, NoisyExtractor
+
+from sb3_trpo_ext import TRPO, PPOClip
+
+ARMS = {
+    "trpo": (TRPO, {}),
+    "trpo-adam-chunks": (TRPO, {"critic": "adam", "fisher_chunk_size": 10, "batch_size": 16, "sub_sampling_factor": 3}),
+    "ppo": (PPOClip, {"batch_size": 16, "n_epochs": 2, "max_kl": 1.0}),
+}
+
+
+def check_learns(model: Any) -> None:
+    """Two updates: everything finite, something moved, KL inside the region."""
+    before = [param.detach().clone() for param in model.policy.parameters()]
+    model.learn(64)
+    after = list(model.policy.parameters())
+    assert all(param.isfinite().all() for param in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    log = model.logger.name_to_value
+    assert all(math.isfinite(value) for key, value in log.items() if key != "train/explained_variance")
+    assert 0 <= log["train/kl_divergence_loss"] <= log.get("train/target_kl", 1.0)
+    assert log["train/kl_max"] >= log["train/kl_divergence_loss"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("observation", OBSERVATION_SPACES)
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_every_space(arm: str, action: str, observation: str) -> None:
+    algorithm, options = ARMS[arm]
+    check_learns(make(algorithm, action, observation, **options))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("options", [{}, {"squash_output": True}, {"use_expln": True}, {"full_std": False}], ids=str)
+def test_gsde(arm: str, options: dict[str, Any]) -> None:
+    algorithm, arguments = ARMS[arm]
+    check_learns(
+        make(algorithm, "box", use_sde=True, sde_sample_freq=4, policy_kwargs=options, ent_coef=0.01, **arguments)
+    )
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("extractor", [NoisyExtractor, AttentionExtractor])
+@pytest.mark.parametrize("shared", [True, False])
+def test_custom_extractors(arm: str, extractor: type, shared: bool) -> None:
+    algorithm, arguments = ARMS[arm]
+    options = {"features_extractor_class": extractor, "share_features_extractor": shared}
+    check_learns(make(algorithm, "box", policy_kwargs=options, **arguments))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_custom_rollout_buffer(arm: str) -> None:
+    class Recording(RolloutBuffer):
+        def __init__(self, *args: Any, note: str, **kwargs: Any) -> None:
+            self.note, self.added = note, 0
+            super().__init__(*args, **kwargs)
+
+        def add(self, *args: Any, **kwargs: Any) -> None:
+            self.added += 1
+            super().add(*args, **kwargs)
+
+    algorithm, arguments = ARMS[arm]
+    model = make(algorithm, rollout_buffer_class=Recording, rollout_buffer_kwargs={"note": "x"}, **arguments)
+    check_learns(model)
+    assert (model.rollout_buffer.note, model.rollout_buffer.added) == ("x", 64)
+
+
+def test_the_sub_sampled_update_with_dict_observations_improves() -> None:
+    model = make(TRPO, "box", "dict", sub_sampling_factor=5)
+    model.learn(32)
+    assert model.logger.name_to_value["train/improvement"] > 0

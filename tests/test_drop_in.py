@@ -1,0 +1,103 @@
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sb3_contrib
+import stable_baselines3
+from envs import OBSERVATION_SPACES, make
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_trpo_ext import TRPO, PPOClip
+
+PAIRS = [(TRPO, sb3_contrib.TRPO), (PPOClip, stable_baselines3.PPO)]
+OUR_LOG_KEYS = {
+    "train/kl_max",
+    "train/entropy",
+    "train/step_fraction",
+    "train/expected_improvement",
+    "train/improvement",
+    "train/cg_steps",
+    "train/cg_residual",
+    "train/target_kl",
+    "time/policy_s",
+    "time/critic_s",
+}
+
+
+def logged(model: Any) -> set[str]:
+    """Keys recorded since the last dump: those of the last update."""
+    return set(model.learn(64).logger.name_to_value)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_the_arguments_are_theirs_then_ours_by_keyword(ours: Any, theirs: Any) -> None:
+    mine = list(inspect.signature(ours).parameters.values())
+    peers = list(inspect.signature(theirs).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in mine[: len(peers)]] == [(p.name, p.default, p.kind) for p in peers]
+    assert {p.kind for p in mine[len(peers) :]} <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_learn_takes_the_same_arguments(ours: Any, theirs: Any) -> None:
+    mine, peers = (list(inspect.signature(c.learn).parameters.values())[1:] for c in (ours, theirs))
+    names = {"TRPO": "TRPO", "PPO": "PPOClip"}
+    assert [(p.name, p.default) for p in mine] == [(p.name, names.get(p.default, p.default)) for p in peers]
+
+
+def test_the_log_has_their_keys_and_ours() -> None:
+    theirs = logged(make(sb3_contrib.TRPO, "box"))
+    assert logged(make(TRPO, "box")) == theirs | OUR_LOG_KEYS
+    ppo = logged(make(stable_baselines3.PPO, "box", batch_size=16))
+    assert logged(make(PPOClip, "box", batch_size=16)) >= ppo | {"train/kl_divergence_loss", "train/kl_max"}
+
+
+@pytest.mark.parametrize(
+    ("action", "observation", "gsde"),
+    [
+        ("box", "vector", False),
+        ("discrete", "vector", False),
+        ("box", "vector", True),
+        ("multidiscrete", "dict", False),
+    ],
+)
+def test_their_saved_models_load_and_go_on_training(action: str, observation: str, gsde: bool, tmp_path: Path) -> None:
+    theirs = make(sb3_contrib.TRPO, action, observation, use_sde=gsde, target_kl=0.02).learn(64)
+    theirs.save(tmp_path / "model")
+    ours = TRPO.load(tmp_path / "model.zip", env=theirs.env, device="cpu")
+    space = OBSERVATION_SPACES[observation]
+    space.seed(0)
+    for _ in range(5):
+        sample = space.sample()
+        expected, _ = theirs.predict(sample, deterministic=True)
+        np.testing.assert_array_equal(ours.predict(sample, deterministic=True)[0], expected)
+    assert (ours.num_timesteps, ours._n_updates) == (64, 2)
+    ours.learn(64, reset_num_timesteps=False)
+    assert (ours.num_timesteps, ours._n_updates) == (128, 4)
+    assert ours.logger.name_to_value["train/target_kl"] == pytest.approx(0.02 * (3 if action == "box" else 1))
+
+
+@pytest.mark.parametrize(
+    ("action", "per_dimension", "radius"),
+    [
+        ("box", True, 0.03),
+        ("box2d", True, 0.04),
+        ("multibinary", True, 0.03),
+        ("discrete", True, 0.01),
+        ("multidiscrete", True, 0.01),
+        ("box", False, 0.01),
+        ("multibinary", False, 0.01),
+    ],
+)
+def test_the_joint_radius_is_logged(action: str, per_dimension: bool, radius: float) -> None:
+    model = make(TRPO, action, kl_per_action_dim=per_dimension).learn(32)
+    assert model.logger.name_to_value["train/target_kl"] == pytest.approx(radius)
+    assert 0 < model.logger.name_to_value["train/kl_divergence_loss"] <= radius
+
+
+def test_schedules_are_followed() -> None:
+    model = make(TRPO, "discrete", target_kl=LinearSchedule(0.04, 0.08, 1.0), learning_rate=lambda p: 0.001 * p)
+    model.learn(64)
+    assert model.logger.name_to_value["train/target_kl"] == pytest.approx(0.08)
+    assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(0.0)

@@ -1,0 +1,45 @@
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import sb3_trpo_ext
+
+ROOT = Path(sb3_trpo_ext.__file__).parent
+ALGORITHMS = {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def inside(names: set[str]) -> set[str]:
+    """What of our own package is imported, as its first name below the root ("" for the root itself)."""
+    ours = [name.split(".") for name in names if name.split(".")[0] == "sb3_trpo_ext"]
+    return {parts[1] if len(parts) > 1 else "" for parts in ours}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").glob("*.py")), ids=lambda path: path.name)
+def test_core_knows_only_torch_and_the_standard_library(path: Path) -> None:
+    names = imports(path)
+    assert inside(names) <= {"core"}
+    others = {name.split(".")[0] for name in names} - {"torch", "sb3_trpo_ext"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sb3").glob("*.py")), ids=lambda path: path.name)
+def test_the_sb3_layer_knows_no_algorithm(path: Path) -> None:
+    assert inside(imports(path)) <= {"core", "sb3"}
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_algorithms_stand_alone(name: str) -> None:
+    assert inside(imports(ROOT / f"{name}.py")) <= {"core", "sb3"}

@@ -1,0 +1,85 @@
+from typing import Any
+
+import pytest
+import torch
+from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, RandomEnv, make, with_rollout
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from sb3_trpo_ext import PPOClip
+
+
+class Noisy(BaseFeaturesExtractor):
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 8)
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)
+
+
+def trained(algorithm: Any, action: str, observation: str, options: dict[str, Any]) -> Any:
+    """Three updates with one seed, from construction on."""
+    env = make_vec_env(lambda: RandomEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action]), n_envs=2, seed=0)
+    arguments = {"n_steps": 24, "batch_size": 16, "n_epochs": 3, "seed": 0, "device": "cpu", **options}
+    return algorithm(POLICIES.get(observation, "MlpPolicy"), env, **arguments).learn(3 * 48)
+
+
+def check_equal(action: str, observation: str = "vector", **options: Any) -> None:
+    theirs = trained(PPO, action, observation, options)
+    ours = trained(PPOClip, action, observation, {"fast_rollouts": False, **options})
+    for mine, peer in zip(ours.policy.state_dict().values(), theirs.policy.state_dict().values(), strict=True):
+        assert torch.equal(mine, peer)
+    assert ours._n_updates == theirs._n_updates
+    for key, value in theirs.logger.name_to_value.items():
+        assert ours.logger.name_to_value[key] == pytest.approx(float(value), rel=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("observation", ["vector", "dict"])
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_every_action_space(action: str, observation: str) -> None:
+    check_equal(action, observation)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_sde": True, "sde_sample_freq": 4},
+        {"use_sde": True, "policy_kwargs": {"squash_output": True}, "ent_coef": 0.01},
+        {"clip_range_vf": 0.1},
+        {"clip_range": lambda p: 0.1 + 0.2 * p, "learning_rate": lambda p: 1e-3 * p},
+        {"target_kl": 1e-4},
+        {"normalize_advantage": False, "ent_coef": 0.1, "vf_coef": 1.0, "max_grad_norm": 0.1},
+        {"policy_kwargs": {"features_extractor_class": Noisy}},
+        {"batch_size": 47},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_option(options: dict[str, Any]) -> None:
+    check_equal("box", **options)
+
+
+def test_a_wide_ball_changes_nothing() -> None:
+    unbounded = trained(PPOClip, "box", "vector", {})
+    bounded = trained(PPOClip, "box", "vector", {"max_kl": 1e9})
+    for mine, peer in zip(bounded.policy.parameters(), unbounded.policy.parameters(), strict=True):
+        assert torch.equal(mine, peer)
+
+
+def test_an_epoch_that_leaves_the_ball_is_undone() -> None:
+    model = with_rollout(make(PPOClip, "box", batch_size=16, max_kl=1e-12, learning_rate=1e-2))
+    before = [param.detach().clone() for param in model.policy.parameters()]
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+    assert not model.policy.optimizer.state
+    assert model._n_updates == 0
+    assert model.logger.name_to_value["train/kl_divergence_loss"] == 0
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e-3, 1e-2])
+def test_the_exact_kl_stays_in_the_ball(max_kl: float) -> None:
+    model = with_rollout(make(PPOClip, "box", batch_size=16, max_kl=max_kl, learning_rate=1e-3))
+    model.train()
+    assert model.logger.name_to_value["train/kl_divergence_loss"] <= max_kl

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sb3_trpo_ext.core.objectives import clipped_surrogate
-from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
+from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import consistent_evaluation, policy_actions, unchanged_numpy_state, whole_rollout
 from sb3_trpo_ext.sb3.checks import check_at_least, check_minibatches, check_positive, check_rollout_size
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
@@ -219,7 +219,9 @@ class PPOClip(TrustRegionAlgorithm):
                 return False
             self.policy.optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            if not bool(norm.isfinite()):
+                raise UpdateRejectedError("the gradient of the loss is not finite")
             self.policy.optimizer.step()
         return True
 
@@ -239,9 +241,9 @@ class PPOClip(TrustRegionAlgorithm):
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
 
-        with torch.no_grad():
-            approx_kl = torch.mean((ratio - 1) - log_ratio).item()
-            statistics["clip_fraction"].append(torch.mean((torch.abs(ratio - 1) > clip_range).float()).item())
+        approx_kl = torch.mean((ratio.detach() - 1) - log_ratio.detach()).item()
+        clipped = torch.abs(ratio.detach() - 1) > clip_range
+        statistics["clip_fraction"].append(torch.mean(clipped.float()).item())
         statistics["approx_kl"].append(approx_kl)
         statistics["policy_gradient_loss"].append(policy_loss.item())
         statistics["value_loss"].append(value_loss.item())

@@ -198,4 +198,4 @@ def test_returns_beyond_the_range_of_floats_take_nothing_with_them(
     before = state(model)
     model.train()
     assert state(model) == before
-    assert "value loss is not finite" in capsys.readouterr().out
+    assert "is not finite" in capsys.readouterr().out

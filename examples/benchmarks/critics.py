@@ -22,7 +22,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results" / "critics"
 TIMESTEPS = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000, "Hopper-v5": 150_000, "HalfCheetah-v5": 150_000}
 ARMS = ("gauss_newton", "adam", "sb3_contrib")
-SEEDS = range(5)
+SEEDS = range(10)
 
 
 def run_job(arm: str, env_id: str, seed: int) -> None:

@@ -36,6 +36,10 @@ ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 REJECTIONS_BEFORE_WARNING = 10
 
 
+class UpdateRejectedError(Exception):
+    """Undo the update and go on with the next rollout; the message is the reason in words."""
+
+
 class TrustRegionAlgorithm(OnPolicyAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
@@ -101,23 +105,23 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction."""
-        states = self._checkpoints()
-        with atomic(*states):
-            self._update_learning_rate(self.policy.optimizer)
-            record = self._update()
-            if broken := self._non_finite_outcome(record):
-                for state in states:
-                    state.restore()
-                self._report_rejection(broken)
+        record: dict[str, float] = {}
+        try:
+            with atomic(*self._checkpoints()):
+                self._update_learning_rate(self.policy.optimizer)
+                record = self._update()
+                self._check_outcome(record)
+        except UpdateRejectedError as rejection:
+            self._report_rejection(str(rejection))
         self._log(record)
 
-    def _non_finite_outcome(self, record: dict[str, float]) -> str:
-        """Why a finished update must be undone; empty if it need not be."""
+    def _check_outcome(self, record: dict[str, float]) -> None:
+        """Raise `UpdateRejectedError` if a finished update must be undone."""
         for loss in ("value_loss", "loss"):
             if not math.isfinite(record.get(f"train/{loss}", 0.0)):
-                return f"the {loss.replace('_', ' ')} is not finite"
-        finite = all(bool(param.isfinite().all()) for param in self.policy.parameters())
-        return "" if finite else "a parameter became non-finite"
+                raise UpdateRejectedError(f"the {loss.replace('_', ' ')} is not finite")
+        if not all(bool(param.isfinite().all()) for param in self.policy.parameters()):
+            raise UpdateRejectedError("a parameter became non-finite")
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""

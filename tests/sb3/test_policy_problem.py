@@ -92,7 +92,9 @@ def test_a_compiled_policy_takes_the_same_step(backend: str) -> None:
 def test_an_operation_without_double_backward_is_explained() -> None:
     model = with_rollout(make(TRPO, "box"))
     before = flatten(list(model.policy.parameters())).detach().clone()
-    model.policy.action_net.register_forward_hook(lambda module, inputs, output: torch.cdist(output, torch.eye(3), p=1.0))
+    model.policy.action_net.register_forward_hook(
+        lambda module, inputs, output: torch.cdist(output, torch.eye(3), p=1.0)
+    )
     with pytest.raises(RuntimeError, match="PPOClip"):
         model.train()
     assert torch.equal(before, flatten(list(model.policy.parameters())))

@@ -1,0 +1,105 @@
+import warnings
+from typing import Any
+
+import pytest
+from envs import RandomEnv, make
+from gymnasium import spaces
+from stable_baselines3 import PPO
+
+from sb3_trpo_ext import TRPO, PPOClip
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_kl", 0),
+        ("target_kl", -0.01),
+        ("target_kl", None),
+        ("target_kl", NAN),
+        ("target_kl", "0.01"),
+        ("cg_max_steps", 0),
+        ("cg_damping", -0.1),
+        ("cg_damping", NAN),
+        ("cg_residual_tol", -1),
+        ("sub_sampling_factor", 0),
+        ("sub_sampling_factor", 33),
+        ("line_search_shrinking_factor", 1.0),
+        ("line_search_shrinking_factor", 0.0),
+        ("line_search_max_iter", 0),
+        ("line_search_accept_ratio", 1.0),
+        ("line_search_accept_ratio", -0.1),
+        ("fisher_chunk_size", 0),
+        ("critic", "sgd"),
+        ("n_critic_updates", 0),
+        ("batch_size", 0),
+        ("ent_coef", NAN),
+    ],
+)
+def test_an_impossible_argument_is_named_with_its_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        make(TRPO, **{name: value})
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_epochs", 0), ("clip_range", -0.2), ("target_kl", 0), ("max_kl", 0), ("max_kl", NAN)]
+)
+def test_ppo_refuses_too(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        make(PPOClip, **{name: value})
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"clip_range_vf": -1.0}, {"n_steps": 1}], ids=str)
+def test_ppo_refuses_as_sb3_does(arguments: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        make(PPO, **arguments)
+    with pytest.raises(AssertionError, match=next(iter(arguments))):
+        make(PPOClip, **arguments)
+
+
+def test_one_sample_cannot_be_normalised() -> None:
+    with pytest.raises(AssertionError, match="n_steps=1"):
+        make(TRPO, n_steps=1)
+    make(TRPO, n_steps=1, normalize_advantage=False)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+def test_a_truncated_minibatch_is_warned_of(algorithm: Any) -> None:
+    options = {"critic": "adam"} if algorithm is TRPO else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(algorithm, batch_size=16, **options)
+        with pytest.raises(UserWarning, match="mini-batch size of 31"):
+            make(algorithm, batch_size=31, **options)
+
+
+@pytest.mark.parametrize("name", ["clip_range", "n_epochs", "vf_coef", "max_grad_norm", "clip_range_vf", "max_kl"])
+def test_ppos_arguments_are_answered_with_ours(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}.*(target_kl|critic|PPOClip)"):
+        make(TRPO, **{name: 0.2})
+
+
+def test_a_misspelt_argument_is_refused() -> None:
+    with pytest.raises(TypeError, match="target_lk"):
+        make(TRPO, target_lk=0.01)
+
+
+def test_the_adam_critic_has_no_critic_kwargs() -> None:
+    with pytest.raises(ValueError, match=r"critic_kwargs.*learning_rate"):
+        make(TRPO, critic="adam", critic_kwargs={"damping": 1.0})
+    with pytest.raises(TypeError, match="speed"):
+        make(TRPO, critic_kwargs={"speed": 1.0})
+
+
+def test_a_schedule_that_ends_at_zero_is_refused_before_anything_moves() -> None:
+    model = make(TRPO, target_kl=lambda progress: 0.01 * progress)
+    with pytest.raises(ValueError, match="schedule"):
+        model.learn(64)
+
+
+def test_other_action_spaces_are_refused() -> None:
+    space = spaces.Dict({"a": spaces.Discrete(2)})
+    with pytest.raises(AssertionError, match="Dict"):
+        TRPO("MlpPolicy", RandomEnv(action_space=space))

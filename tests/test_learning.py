@@ -1,0 +1,51 @@
+"""Whole tasks, learnt from scratch. The settings are what a user would write; the seeds are not chosen."""
+
+from typing import Any
+
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_trpo_ext import TRPO, PPOClip
+
+CARTPOLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "trpo": (TRPO, {"n_steps": 256}),
+    "trpo-adam": (TRPO, {"n_steps": 256, "critic": "adam"}),
+    # Rate and clipping fall to zero, as in the zoo's entry for CartPole-v1.
+    "ppo": (
+        PPOClip,
+        {
+            "n_steps": 128,
+            "batch_size": 256,
+            "n_epochs": 20,
+            "gamma": 0.98,
+            "gae_lambda": 0.8,
+            "learning_rate": lambda progress: 1e-3 * progress,
+            "clip_range": lambda progress: 0.2 * progress,
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("arm", CARTPOLE)
+def test_cartpole_is_solved_in_50k_steps(arm: str, seed: int) -> None:
+    algorithm, options = CARTPOLE[arm]
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", n_envs=8, seed=seed), seed=seed, device="cpu", **options)
+    model.learn(50_000)
+    mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", seed=1000 + seed), n_eval_episodes=20)
+    assert mean >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["gauss_newton", "adam"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pendulum_swings_up_in_150k_steps(critic: str, seed: int) -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=seed), gamma=0.9)
+    model = TRPO("MlpPolicy", env, n_steps=1024, gamma=0.9, critic=critic, seed=seed, device="cpu")
+    model.learn(150_000)
+    env.training, env.norm_reward = False, False
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=20)
+    assert mean >= -250

@@ -1,0 +1,80 @@
+"""A rollout that is not finite is refused with its place, and nothing is lost."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_trpo_ext import TRPO, PPOClip
+
+STEP, ENV = 11, 1
+
+
+class Faulty(gym.Wrapper):
+    """Puts a value into what one step returns."""
+
+    def __init__(self, env: gym.Env, place: str, value: float) -> None:
+        super().__init__(env)
+        self.place, self.value, self.steps, self.active = place, value, 0, True
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.active and self.steps == STEP:
+            if self.place == "reward":
+                reward = self.value
+            elif isinstance(observation, dict):
+                observation["vector"][0] = self.value
+            else:
+                observation[0] = self.value
+        self.steps += 1
+        return observation, reward, terminated, truncated, info
+
+
+def faulty_model(algorithm: Any, place: str, value: float, observation: str = "vector") -> tuple[Any, Faulty]:
+    space = OBSERVATION_SPACES[observation]
+    faulty = Faulty(RandomEnv(space, ACTION_SPACES["box"], episode_length=50), place, value)
+    sound = RandomEnv(space, ACTION_SPACES["box"], episode_length=50)
+    policy = "MultiInputPolicy" if observation == "dict" else "MlpPolicy"
+    return algorithm(policy, DummyVecEnv([lambda: sound, lambda: faulty]), **SMALL), faulty
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("place", "observation"), [("reward", "vector"), ("observation", "vector"), ("observation", "dict")]
+)
+def test_names_what_and_where_and_goes_on_after_repair(
+    algorithm: Any, value: float, place: str, observation: str
+) -> None:
+    model, faulty = faulty_model(algorithm, place, value, observation)
+    before = [param.detach().clone() for param in model.policy.parameters()]
+    step = STEP if place == "reward" else STEP + 1  # what a step returns is seen at the next
+    with pytest.raises(ValueError, match=rf"{place}.*environment {ENV} at step {step}.*VecCheckNan"):
+        model.learn(256)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+    faulty.active = False
+    model.learn(64, reset_num_timesteps=False)
+    assert model._n_updates > 0
+    assert all(param.isfinite().all() for param in model.policy.parameters())
+
+
+def test_the_observation_after_the_last_step_counts_too() -> None:
+    model, faulty = faulty_model(TRPO, "observation", np.nan)
+    faulty.steps = STEP - (model.n_steps - 1)
+    with pytest.raises(ValueError, match=f"observation.*environment {ENV} at step {model.n_steps}"):
+        model.learn(64)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+@pytest.mark.parametrize("reward", [1e20, 3e38])
+def test_gigantic_rewards_never_reach_the_parameters_as_nan(algorithm: Any, reward: float) -> None:
+    model, _ = faulty_model(algorithm, "reward", reward)
+    try:
+        model.learn(128)
+    except ValueError as error:
+        assert "not finite" in str(error)
+    assert all(param.isfinite().all() for param in model.policy.parameters())

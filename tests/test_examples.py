@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments: str) -> str:
+    """Run an example in a process of its own and return what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+def test_the_training_script_trains_saves_and_draws(tmp_path: Path) -> None:
+    printed = run(str(EXAMPLES / "train.py"), "--timesteps", "2048", "--output", str(tmp_path))
+    assert "Before training: mean return" in printed
+    assert "After training:  mean return" in printed
+    picture = Path(printed.split("Learning curve:")[1].strip())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (picture.parent / "model.zip").exists()
+
+
+def test_the_readme_example_names_what_exists() -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    code = readme.split("```python")[1].split("```")[0]
+    small = code.replace("Hopper-v5", "Pendulum-v1").replace("150_000", "2048").replace('"trpo_hopper"', "os.devnull")
+    run("-c", "import os\n" + small.replace("model.save(os.devnull)", ""))
+
+
+def test_the_critic_comparison_reports() -> None:
+    assert "gauss_newton" in run(str(EXAMPLES / "benchmarks" / "critics.py"), "--report")

@@ -64,7 +64,8 @@ class PPOClip(TrustRegionAlgorithm):
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
         max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
             back, optimiser included, and ends the update. None for no bound.
-        fast_rollouts: Reserved for a faster collection of rollouts; accepted, and without effect yet.
+        fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``
+            tells): the same distribution from another random stream. False always collects as SB3 does.
         _init_setup_model: Build the networks at construction.
 
     Raises:
@@ -124,6 +125,7 @@ class PPOClip(TrustRegionAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            fast_rollouts=fast_rollouts,
         )
         self.batch_size = batch_size
         self.n_epochs = n_epochs
@@ -132,7 +134,6 @@ class PPOClip(TrustRegionAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.max_kl = max_kl
-        self.fast_rollouts = fast_rollouts
 
         if _init_setup_model:
             self._setup_model()

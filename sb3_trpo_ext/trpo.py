@@ -117,7 +117,8 @@ class TRPO(TrustRegionAlgorithm):
         cg_residual_tol: Conjugate gradients stop at this relative residual.
         line_search_accept_ratio: Fraction in [0, 1) of the predicted improvement that a step must bring; 0 accepts
             any improvement.
-        fast_rollouts: Reserved for a faster collection of rollouts; accepted, and without effect yet.
+        fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``
+            tells): the same distribution from another random stream. False always collects as SB3 does.
         _init_setup_model: Build the networks at construction.
 
     Raises:
@@ -186,6 +187,7 @@ class TRPO(TrustRegionAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            fast_rollouts=fast_rollouts,
         )
         self.batch_size = batch_size
         self.normalize_advantage = normalize_advantage
@@ -202,7 +204,6 @@ class TRPO(TrustRegionAlgorithm):
         self.critic = critic
         self.critic_kwargs = critic_kwargs or {}
         self.n_critic_updates = n_critic_updates
-        self.fast_rollouts = fast_rollouts
 
         if _init_setup_model:
             self._setup_model()

@@ -29,6 +29,7 @@ from sb3_trpo_ext.core.trust_region import Restorable, atomic
 from sb3_trpo_ext.sb3.checks import check_observation, check_rollout
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
+from sb3_trpo_ext.sb3.rollout import NotCoveredError, fast_rollout
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """The action spaces of SB3's PPO."""
@@ -45,6 +46,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy
     and optimiser are afterwards either exactly as before or fully updated.
+
+    Attributes:
+        rollout_path: How the last rollout was collected: ``"fast"``, or SB3's way and why.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -53,8 +57,12 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
-    def __init__(self, policy: str | type[ActorCriticPolicy], env: GymEnv | str, **kwargs: Any) -> None:
+    def __init__(
+        self, policy: str | type[ActorCriticPolicy], env: GymEnv | str, *, fast_rollouts: bool, **kwargs: Any
+    ) -> None:
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
+        self.fast_rollouts = fast_rollouts
+        self.rollout_path = ""
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
 
@@ -87,7 +95,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         start = time.perf_counter()
         try:
             try:
-                completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+                completed = self._collect(env, callback, rollout_buffer, n_rollout_steps)
             except Exception as error:
                 # A policy that refuses NaN says nothing of where it came from.
                 try:
@@ -102,6 +110,23 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             raise
         self.logger.record("time/rollout_s", time.perf_counter() - start)
         return completed
+
+    def _collect(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Collect by the fast path where it covers the model, otherwise by SB3's; ``rollout_path`` says which."""
+        fast, path = None, "stable_baselines3: fast_rollouts=False"
+        if self.fast_rollouts:
+            try:
+                fast, path = fast_rollout(self, env, rollout_buffer, n_rollout_steps), "fast"
+            except NotCoveredError as reason:
+                path = f"stable_baselines3: {reason}"
+        if path != self.rollout_path and self.verbose >= 1:
+            print(f"Rollouts: {path}")
+        self.rollout_path = path
+        if fast is not None:
+            return fast.collect(callback)
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -13,10 +14,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule
-from torch import nn
+from torch import Tensor, nn
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_line_search, boundary_scale
+from sb3_trpo_ext.core.trust_region import (
+    Acceptance,
+    Checkpoint,
+    LineSearchResult,
+    backtracking_line_search,
+    boundary_scale,
+)
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward, whole_rollout
@@ -306,9 +313,26 @@ class TRPO(TrustRegionAlgorithm):
         if not 0 < solution.curvature < math.inf:
             reason = f"conjugate gradients found no direction ({solution.stop})"
             return PolicyStep(actor, problem.start, cg_steps=solution.steps, reason=reason)
-
         step = boundary_scale(solution.curvature, radius) * solution.solution
+
         expected = float(gradient.dot(step))
+        result = self._line_search(problem, params, step, expected, radius)
+        evaluation = result.trial or problem.start
+        return PolicyStep(
+            actor,
+            evaluation,
+            fraction=result.fraction,
+            improvement=evaluation.objective - problem.start.objective,
+            expected_improvement=expected * (result.fraction or 1.0),
+            cg_steps=solution.steps,
+            cg_residual=solution.residual,
+            reason=result.reason,
+        )
+
+    def _line_search(
+        self, problem: PolicyProblem, params: Sequence[nn.Parameter], step: Tensor, expected: float, radius: float
+    ) -> LineSearchResult[PolicyEvaluation]:
+        """Backtrack from θ_old + step; leaves the accepted parameters in place, or θ_old, bit for bit."""
         theta_old, checkpoint = flatten(params).detach(), Checkpoint(params)
 
         def trial_at(fraction: float) -> PolicyEvaluation:
@@ -323,17 +347,7 @@ class TRPO(TrustRegionAlgorithm):
         )
         if result.trial is None:
             checkpoint.restore()
-        evaluation = result.trial or problem.start
-        return PolicyStep(
-            actor,
-            evaluation,
-            fraction=result.fraction,
-            improvement=evaluation.objective - problem.start.objective,
-            expected_improvement=expected * (result.fraction or 1.0),
-            cg_steps=solution.steps,
-            cg_residual=solution.residual,
-            reason=result.reason,
-        )
+        return result
 
     def learn(
         self: SelfTRPO,

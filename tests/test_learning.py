@@ -1,5 +1,6 @@
 """Whole tasks, learnt from scratch. The settings are what a user would write; the seeds are not chosen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,21 +32,25 @@ CARTPOLE: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("arm", CARTPOLE)
-def test_cartpole_is_solved_in_50k_steps(arm: str, seed: int) -> None:
+def test_cartpole_is_solved_in_50k_steps(arm: str, seed: int, record_property: Callable[[str, object], None]) -> None:
     algorithm, options = CARTPOLE[arm]
     model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", n_envs=8, seed=seed), seed=seed, device="cpu", **options)
     model.learn(50_000)
     mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", seed=1000 + seed), n_eval_episodes=20)
+    record_property("mean_return", mean)
     assert mean >= 475
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["gauss_newton", "adam"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_pendulum_swings_up_in_150k_steps(critic: str, seed: int) -> None:
+def test_pendulum_swings_up_in_150k_steps(
+    critic: str, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=seed), gamma=0.9)
     model = TRPO("MlpPolicy", env, n_steps=1024, gamma=0.9, critic=critic, seed=seed, device="cpu")
     model.learn(150_000)
     env.training, env.norm_reward = False, False
     mean, _ = evaluate_policy(model, env, n_eval_episodes=20)
+    record_property("mean_return", mean)
     assert mean >= -250

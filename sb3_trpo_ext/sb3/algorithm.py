@@ -29,7 +29,8 @@ from sb3_trpo_ext.core.trust_region import Restorable, atomic
 from sb3_trpo_ext.sb3.checks import check_observation, check_rollout
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
-from sb3_trpo_ext.sb3.rollout import NotCoveredError, fast_rollout
+from sb3_trpo_ext.sb3.rollout import fast_rollout
+from sb3_trpo_ext.sb3.snapshot import NotCoveredError
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """The action spaces of SB3's PPO."""

@@ -111,8 +111,8 @@ class TRPO(TrustRegionAlgorithm):
         verbose: 0 silent, 1 info, 2 debug.
         seed: Seed of all random generators.
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
-        critic: ``"gauss_newton"``, Hessian-free, without a learning rate (`GaussNewtonCritic`), or ``"adam"``,
-            minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
+        critic: ``"adam"``, minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``,
+            ``n_critic_updates``), or ``"gauss_newton"``, Hessian-free, without a learning rate (`GaussNewtonCritic`).
         critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_steps``,
             ``max_backtracks``.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
@@ -163,7 +163,7 @@ class TRPO(TrustRegionAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        critic: str = "gauss_newton",
+        critic: str = "adam",
         critic_kwargs: dict[str, Any] | None = None,
         kl_per_action_dim: bool = True,
         ent_coef: float = 0.0,

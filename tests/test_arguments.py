@@ -90,7 +90,7 @@ def test_the_adam_critic_has_no_critic_kwargs() -> None:
     with pytest.raises(ValueError, match=r"critic_kwargs.*learning_rate"):
         make(TRPO, critic="adam", critic_kwargs={"damping": 1.0})
     with pytest.raises(TypeError, match="speed"):
-        make(TRPO, critic_kwargs={"speed": 1.0})
+        make(TRPO, critic="gauss_newton", critic_kwargs={"speed": 1.0})
 
 
 def test_a_schedule_that_ends_at_zero_is_refused_before_anything_moves() -> None:

@@ -22,8 +22,20 @@ from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 PACKAGE = str(Path(sb3_trpo_ext.__file__).parent)
 SMALL = {"n_steps": 8, "policy_kwargs": {"net_arch": [4]}}
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gauss-newton": (TRPO, {**SMALL, "cg_max_steps": 3, "critic_kwargs": {"cg_steps": 2, "n_steps": 2}}),
-    "rejected": (TRPO, {**SMALL, "cg_max_steps": 3, "line_search_accept_ratio": 0.999, "line_search_max_iter": 2}),
+    "gauss-newton": (
+        TRPO,
+        {**SMALL, "cg_max_steps": 3, "critic": "gauss_newton", "critic_kwargs": {"cg_steps": 2, "n_steps": 2}},
+    ),
+    "rejected": (
+        TRPO,
+        {
+            **SMALL,
+            "critic": "gauss_newton",
+            "cg_max_steps": 3,
+            "line_search_accept_ratio": 0.999,
+            "line_search_max_iter": 2,
+        },
+    ),
     "adam": (TRPO, {**SMALL, "cg_max_steps": 2, "critic": "adam", "batch_size": 4, "n_critic_updates": 2}),
     "ppo": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1.0}),
     "ppo-rolled-back": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1e-9}),

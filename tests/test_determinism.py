@@ -7,7 +7,7 @@ from envs import make, with_rollout
 from sb3_trpo_ext import TRPO, PPOClip
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gauss-newton": (TRPO, {"action": "box"}),
+    "gauss-newton": (TRPO, {"action": "box", "critic": "gauss_newton"}),
     "adam": (TRPO, {"action": "multidiscrete", "critic": "adam", "batch_size": 16}),
     "dict": (TRPO, {"action": "multibinary", "observation": "dict"}),
     "gsde": (TRPO, {"action": "box", "use_sde": True}),

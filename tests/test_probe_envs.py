@@ -11,7 +11,7 @@ from gymnasium import spaces
 from sb3_trpo_ext import TRPO, PPOClip
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gauss-newton": (TRPO, {}),
+    "gauss-newton": (TRPO, {"critic": "gauss_newton"}),
     "adam": (TRPO, {"critic": "adam", "learning_rate": 1e-2, "batch_size": 64}),
     "ppo": (PPOClip, {"learning_rate": 3e-3, "batch_size": 64}),
 }

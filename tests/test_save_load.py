@@ -11,7 +11,15 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_trpo_ext import TRPO, PPOClip
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gauss-newton": (TRPO, {"critic_kwargs": {"damping": 0.2}, "kl_per_action_dim": False, "fisher_chunk_size": 20}),
+    "gauss-newton": (
+        TRPO,
+        {
+            "critic": "gauss_newton",
+            "critic_kwargs": {"damping": 0.2},
+            "kl_per_action_dim": False,
+            "fisher_chunk_size": 20,
+        },
+    ),
     "adam": (TRPO, {"critic": "adam", "batch_size": 16, "target_kl": lambda p: 0.01 + 0.01 * p, "ent_coef": 0.01}),
     "ppo": (PPOClip, {"batch_size": 16, "max_kl": 0.05, "clip_range": lambda p: 0.1 + 0.1 * p}),
 }

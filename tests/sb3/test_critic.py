@@ -68,4 +68,4 @@ def test_returns_that_are_not_finite_move_nothing() -> None:
 )
 def test_impossible_arguments_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
-        make(TRPO, critic_kwargs=arguments)
+        make(TRPO, critic="gauss_newton", critic_kwargs=arguments)

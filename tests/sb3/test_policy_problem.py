@@ -120,6 +120,7 @@ def test_sub_sampling_thins_the_curvature_alone() -> None:
         thinned, full = problem.fisher(params, 0.0, 4), problem.fisher(params, 0.0)
         assert torch.equal(thinned(g), thinned(g))
         assert not torch.allclose(thinned(g), full(g), rtol=1e-3)
+        assert float(batch.thinned(4).weights.sum()) == pytest.approx(1.0)
         by_hand = PolicyProblem(model.policy, batch.thinned(4))
         by_hand.gradients()
         torch.testing.assert_close(by_hand.fisher(params, 0.0)(g), thinned(g))

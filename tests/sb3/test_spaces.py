@@ -10,7 +10,7 @@ from test_policy_problem import AttentionExtractor, NoisyExtractor
 from sb3_trpo_ext import TRPO, PPOClip
 
 ARMS = {
-    "trpo": (TRPO, {}),
+    "trpo": (TRPO, {"critic": "gauss_newton"}),
     "trpo-adam-chunks": (TRPO, {"critic": "adam", "fisher_chunk_size": 10, "batch_size": 16, "sub_sampling_factor": 3}),
     "ppo": (PPOClip, {"batch_size": 16, "n_epochs": 2, "max_kl": 1.0}),
 }

@@ -21,7 +21,12 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "critics"
 TIMESTEPS = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000, "Hopper-v5": 150_000, "HalfCheetah-v5": 150_000}
-ARMS = ("gauss_newton", "adam", "sb3_contrib")
+ARMS: dict[str, dict[str, Any]] = {
+    "gauss_newton": {"critic": "gauss_newton", "fast_rollouts": False},
+    "adam": {"critic": "adam", "fast_rollouts": False},
+    "adam_fast_rollouts": {"critic": "adam"},  # all defaults
+    "sb3_contrib": {},
+}
 SEEDS = range(10)
 
 
@@ -37,11 +42,8 @@ def run_job(arm: str, env_id: str, seed: int) -> None:
     torch.set_num_threads(1)
     env = VecNormalize(make_vec_env(env_id, n_envs=2, seed=seed))
     settings: dict[str, Any] = {"n_steps": 1024, "seed": seed, "device": "cpu"}
-    model = (
-        ContribTRPO("MlpPolicy", env, **settings)
-        if arm == "sb3_contrib"
-        else TRPO("MlpPolicy", env, critic=arm, **settings)
-    )
+    algorithm = ContribTRPO if arm == "sb3_contrib" else TRPO
+    model = algorithm("MlpPolicy", env, **settings, **ARMS[arm])
     model.learn(TIMESTEPS[env_id])
     assert model.ep_info_buffer is not None
     result = {

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sb3_trpo_ext.core.objectives import clipped_surrogate
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import consistent_evaluation, policy_actions, unchanged_numpy_state, whole_rollout
-from sb3_trpo_ext.sb3.checks import check_at_least, check_minibatches, check_positive, check_rollout_size
+from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 
 SelfPPOClip = TypeVar("SelfPPOClip", bound="PPOClip")
@@ -151,16 +151,16 @@ class PPOClip(TrustRegionAlgorithm):
                 "normalize_advantage=False."
             )
         for name in ("batch_size", "n_epochs"):
-            check_at_least(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name))
         if not callable(self.clip_range):
-            check_positive("clip_range", self.clip_range)
+            check_number("clip_range", self.clip_range, positive=True)
         if isinstance(self.clip_range_vf, (int, float)) and not self.clip_range_vf > 0:
             raise AssertionError(
                 f"`clip_range_vf` must be positive, got {self.clip_range_vf}. Pass None to switch value clipping off."
             )
         for name in ("target_kl", "max_kl"):
             if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name), hint="Pass None for no bound.")
+                check_number(name, getattr(self, name), positive=True, hint="Pass None for no bound.")
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
             check_minibatches(self.n_steps, self.n_envs, self.batch_size)

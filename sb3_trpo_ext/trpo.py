@@ -28,10 +28,10 @@ from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
-    check_at_least,
     check_fraction,
+    check_integer,
     check_minibatches,
-    check_positive,
+    check_number,
     check_rollout_size,
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
@@ -222,17 +222,18 @@ class TRPO(TrustRegionAlgorithm):
 
     def _check_arguments(self) -> None:
         if not callable(self.target_kl):
-            check_positive("target_kl", self.target_kl, hint="TRPO needs a trust region; 0.01 is the usual radius.")
+            check_number(
+                "target_kl", self.target_kl, positive=True, hint="TRPO needs a trust region; 0.01 is the usual radius."
+            )
         for name in ("cg_max_steps", "line_search_max_iter", "sub_sampling_factor", "n_critic_updates", "batch_size"):
-            check_at_least(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
-            check_at_least(name, getattr(self, name), 0)
+            check_number(name, getattr(self, name))
         if self.fisher_chunk_size is not None:
-            check_at_least("fisher_chunk_size", self.fisher_chunk_size, 1)
+            check_integer("fisher_chunk_size", self.fisher_chunk_size)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
-        if not math.isfinite(self.ent_coef):
-            raise ValueError(f"`ent_coef` must be finite, got {self.ent_coef}.")
+        check_number("ent_coef", self.ent_coef)
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
             if self.sub_sampling_factor > self.n_steps * self.n_envs:
@@ -258,8 +259,8 @@ class TRPO(TrustRegionAlgorithm):
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the mean joint KL divergence, in nats."""
         value = self.target_kl(self._current_progress_remaining)  # type: ignore[operator]
-        return self._action_dimensions() * check_positive(
-            "target_kl", value, hint="Its schedule must stay positive until the end of training."
+        return self._action_dimensions() * check_number(
+            "target_kl", value, positive=True, hint="Its schedule must stay positive until the end of training."
         )
 
     def _action_dimensions(self) -> int:

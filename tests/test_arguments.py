@@ -19,6 +19,7 @@ NAN = float("nan")
         ("target_kl", None),
         ("target_kl", NAN),
         ("target_kl", "0.01"),
+        ("target_kl", float("inf")),
         ("cg_max_steps", 0),
         ("cg_damping", -0.1),
         ("cg_damping", NAN),
@@ -41,6 +42,27 @@ def test_an_impossible_argument_is_named_with_its_value(name: str, value: Any) -
     with pytest.raises(ValueError, match=name) as error:
         make(TRPO, **{name: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cg_max_steps", None),
+        ("cg_max_steps", 2.5),
+        ("cg_damping", None),
+        ("cg_damping", float("inf")),
+        ("sub_sampling_factor", 1.5),
+        ("line_search_max_iter", 2.5),
+        ("line_search_shrinking_factor", None),
+        ("fisher_chunk_size", 2.5),
+        ("n_critic_updates", 1.5),
+        ("batch_size", None),
+        ("ent_coef", None),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named_at_construction(name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"{name}.*{value}"):
+        make(TRPO, **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """An update happens wholly or not at all, whatever goes wrong inside."""
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -66,27 +66,28 @@ def prepared(arm: str, **changes: Any) -> Any:
     return with_rollout(model)
 
 
-@contextmanager
-def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt once, before the ``line``-th line of our code that is run; never for -1."""
-    seen = [0]
+def train(model: Any, interrupt_at: int = -1, *, files: str = PACKAGE) -> int:
+    """Train, with one KeyboardInterrupt before the n-th line run in ``files`` (-1: none); returns the lines run."""
+    seen = 0
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal seen
         if event == "line":
-            seen[0] += 1
-            if seen[0] - 1 == line:
+            seen += 1
+            if seen - 1 == interrupt_at:
                 raise KeyboardInterrupt
         return local
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        return local if frame.f_code.co_filename.startswith(PACKAGE) else None
+        return local if frame.f_code.co_filename.startswith(files) else None
 
     previous = sys.gettrace()
     sys.settrace(trace)
     try:
-        yield seen
+        model.train()
     finally:
         sys.settrace(previous)
+    return seen
 
 
 def restore(model: Any, saved: dict[str, Any]) -> None:
@@ -95,28 +96,69 @@ def restore(model: Any, saved: dict[str, Any]) -> None:
     np.random.seed(0)
 
 
+def spread(lines: int) -> list[int]:
+    """Every line event of a short update; of a long one about 200, and the last 60, where it is finished or undone."""
+    return sorted({*range(0, lines, max(1, lines // 200)), *range(max(0, lines - 60), lines)})
+
+
+def saved_state(model: Any) -> dict[str, Any]:
+    """A copy to `restore`, which is restored right away, as loading an optimiser state may reorder it."""
+    saved = copy.deepcopy({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()})
+    restore(model, saved)
+    return saved
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_ctrl_c_between_any_two_lines(arm: str) -> None:
     model = prepared(arm)
-    saved = copy.deepcopy({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()})
-    restore(model, saved)
+    saved = saved_state(model)
     before = state(model)
-    with interrupted_at(-1) as seen:
-        model.train()
+    lines = train(model)
     after = state(model)
 
-    lines, outcomes = seen[0], set()
-    for line in sorted({*range(0, lines, max(1, lines // 250)), *range(lines - 40, lines)}):
+    outcomes = set()
+    for line in spread(lines):
         restore(model, saved)
-        with pytest.raises(KeyboardInterrupt), interrupted_at(line):
-            model.train()
+        with pytest.raises(KeyboardInterrupt):
+            train(model, line)
         now = state(model)
         assert now in (before, after), f"half an update after an interrupt at line event {line} of {lines}"
+        assert torch.is_grad_enabled()
         outcomes.add(now == before)
     assert True in outcomes
     restore(model, saved)
     model.train()
     assert state(model) == after
+
+
+@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo"])
+def test_ctrl_c_while_a_finished_update_is_undone(arm: str) -> None:
+    model = prepared(arm)
+    model.rollout_buffer.returns[0] = 1e30  # its square overflows: the update is rejected once parameters have moved
+    saved = saved_state(model)
+    before = state(model)
+    train(model)  # the first rejection of a kind is also reported
+    restore(model, saved)
+    lines = train(model)
+    assert state(model) == before
+    for line in spread(lines):
+        restore(model, saved)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, line)
+        assert state(model) == before, f"half an update after an interrupt at line event {line} of {lines}"
+
+
+@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo"])
+def test_nothing_moves_any_more_once_an_interrupt_is_caught(arm: str) -> None:
+    model = prepared(arm)
+    saved = saved_state(model)
+    for line in spread(train(model, files=contextlib.__file__)):
+        restore(model, saved)
+        try:
+            train(model, line, files=contextlib.__file__)
+        except KeyboardInterrupt:
+            caught = state(model)  # a notebook holds the traceback, and all that it refers to, until the next error
+        assert state(model) == caught, f"changed when the traceback was released, line event {line}"
 
 
 @pytest.mark.parametrize("method", ["get_distribution", "predict_values", "evaluate_actions"])

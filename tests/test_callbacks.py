@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_trpo_ext import TRPO, PPOClip
@@ -91,14 +91,15 @@ def test_tensorboard_and_csv_hold_the_log(algorithm: Any, tmp_path: Path) -> Non
     model.learn(96)
     table = pd.read_csv(tmp_path / "progress.csv")
     events = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
-    for key in ("train/kl_divergence_loss", "train/kl_max", "train/value_loss", "time/rollout_s", "time/policy_s"):
+    keys = {"train/kl_divergence_loss", "train/kl_max", "train/value_loss", "time/rollout_s", "time/policy_s"}
+    for key in keys | ({"time/critic_s", "train/target_kl", "train/cg_steps"} if algorithm is TRPO else set()):
         assert key in table
         assert key in events
     assert table["train/kl_divergence_loss"].dropna().gt(0).all()
 
 
 @BOTH
-@pytest.mark.parametrize("wrapper", [VecNormalize, lambda env: VecFrameStack(env, 2), lambda env: env])
+@pytest.mark.parametrize("wrapper", [VecNormalize, lambda env: VecFrameStack(env, 2), VecMonitor, lambda env: env])
 def test_vectorised_environments(algorithm: Any, wrapper: Any) -> None:
     env = wrapper(make_vec_env(RandomEnv, n_envs=3, seed=0))
     algorithm("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(96)

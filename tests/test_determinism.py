@@ -12,7 +12,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dict": (TRPO, {"action": "multibinary", "observation": "dict"}),
     "gsde": (TRPO, {"action": "box", "use_sde": True}),
     "chunks": (TRPO, {"action": "discrete", "fisher_chunk_size": 5, "sub_sampling_factor": 2}),
+    "gsde-adam": (TRPO, {"action": "box", "use_sde": True, "critic": "adam", "batch_size": 16}),
     "ppo": (PPOClip, {"action": "box", "batch_size": 16}),
+    "ppo-gsde-dict": (PPOClip, {"action": "box", "observation": "dict", "use_sde": True, "batch_size": 16}),
 }
 
 

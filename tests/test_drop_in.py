@@ -96,8 +96,16 @@ def test_the_joint_radius_is_logged(action: str, per_dimension: bool, radius: fl
     assert 0 < model.logger.name_to_value["train/kl_divergence_loss"] <= radius
 
 
-def test_schedules_are_followed() -> None:
-    model = make(TRPO, "discrete", target_kl=LinearSchedule(0.04, 0.08, 1.0), learning_rate=lambda p: 0.001 * p)
-    model.learn(64)
-    assert model.logger.name_to_value["train/target_kl"] == pytest.approx(0.08)
-    assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(0.0)
+@pytest.mark.parametrize("radius", [LinearSchedule(0.04, 0.08, 1.0), lambda progress: 0.08 - 0.04 * progress])
+def test_schedules_are_followed_at_every_update(radius: Any) -> None:
+    model = make(TRPO, "discrete", target_kl=radius, learning_rate=lambda progress: 0.001 * progress, critic="adam")
+    train, rows = model.train, []
+
+    def observed() -> None:
+        train()
+        log, rate = model.logger.name_to_value, model.policy.optimizer.param_groups[0]["lr"]
+        rows.append((log["train/target_kl"], log["train/learning_rate"], rate))
+
+    model.train = observed
+    model.learn(128)
+    np.testing.assert_allclose(rows, [(0.08 - 0.04 * p, 0.001 * p, 0.001 * p) for p in (0.75, 0.5, 0.25, 0.0)])

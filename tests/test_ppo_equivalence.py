@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from sb3_trpo_ext import PPOClip
 
@@ -33,7 +35,7 @@ def check_equal(action: str, observation: str = "vector", **options: Any) -> Non
     for mine, peer in zip(ours.policy.state_dict().values(), theirs.policy.state_dict().values(), strict=True):
         assert torch.equal(mine, peer)
     assert ours._n_updates == theirs._n_updates
-    for key, value in theirs.logger.name_to_value.items():
+    for key, value in theirs.logger.name_to_value.items():  # of which SB3 averages some in float32
         assert ours.logger.name_to_value[key] == pytest.approx(float(value), rel=1e-6, nan_ok=True), key
 
 
@@ -68,6 +70,18 @@ def test_a_wide_ball_changes_nothing() -> None:
         assert torch.equal(mine, peer)
 
 
+def test_a_later_epoch_that_leaves_the_ball_is_undone_alone() -> None:
+    options = {"batch_size": 16, "learning_rate": 1e-3}
+    one_epoch = make(PPOClip, "box", n_epochs=1, **options).learn(32)
+    radius = one_epoch.logger.name_to_value["train/kl_divergence_loss"] * 1.01
+    bounded = make(PPOClip, "box", n_epochs=10, max_kl=radius, **options).learn(32)
+    assert bounded._n_updates == 1
+    for mine, peer in zip(bounded.policy.parameters(), one_epoch.policy.parameters(), strict=True):
+        assert torch.equal(mine, peer)
+    moments, theirs = (m.policy.optimizer.state_dict()["state"] for m in (bounded, one_epoch))
+    assert all(torch.equal(moments[i][key], value) for i in theirs for key, value in theirs[i].items())
+
+
 def test_an_epoch_that_leaves_the_ball_is_undone() -> None:
     model = with_rollout(make(PPOClip, "box", batch_size=16, max_kl=1e-12, learning_rate=1e-2))
     before = [param.detach().clone() for param in model.policy.parameters()]
@@ -81,5 +95,10 @@ def test_an_epoch_that_leaves_the_ball_is_undone() -> None:
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-3, 1e-2])
 def test_the_exact_kl_stays_in_the_ball(max_kl: float) -> None:
     model = with_rollout(make(PPOClip, "box", batch_size=16, max_kl=max_kl, learning_rate=1e-3))
+    states = torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)
+    old = copy.deepcopy(model.policy).get_distribution(states).distribution
     model.train()
-    assert model.logger.name_to_value["train/kl_divergence_loss"] <= max_kl
+    with torch.no_grad():
+        exact = kl_divergence(old, model.policy.get_distribution(states).distribution).sum(dim=1).mean()
+    assert model.logger.name_to_value["train/kl_divergence_loss"] == pytest.approx(float(exact), rel=1e-3, abs=1e-7)
+    assert exact <= max_kl * (1 + 1e-5)

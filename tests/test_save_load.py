@@ -1,3 +1,4 @@
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_a_truncated_file_is_refused_and_nothing_is_lost(model: Any, tmp_path: P
         with pytest.raises((ValueError, AssertionError), match=r"zip|No data found|do not match"):
             read(str(path))
     assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_policy_in_use_can_be_copied(model: Any, copied: Any) -> None:
+    sample = OBSERVATION_SPACES["vector"].sample()
+    twin = copied(model.policy)
+    np.testing.assert_array_equal(
+        twin.predict(sample, deterministic=True)[0], model.predict(sample, deterministic=True)[0]
+    )
+
+
+def test_the_optimiser_comes_back(model: Any, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model", device="cpu")
+    mine, theirs = (each.policy.optimizer.state_dict()["state"] for each in (loaded, model))
+    assert mine.keys() == theirs.keys()
+    assert bool(mine) == (getattr(model, "critic", "") != "gauss_newton")
+    assert all(torch.equal(mine[i][key], value) for i in theirs for key, value in theirs[i].items())
 
 
 def test_policies_and_parameters_copy(model: Any) -> None:

@@ -1,8 +1,7 @@
 """The trust-region step: scale to the boundary, backtrack, and never leave a half-made update behind."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -93,7 +92,7 @@ def backtracking_line_search(
     """Try the fractions 1, β, β², … of a step and return the first that is accepted.
 
     The caller's ``trial_at`` moves the parameters; after a rejection they stand at the last trial point, and the
-    caller restores them (see `atomic`).
+    caller restores them (see `Atomic`).
 
     Args:
         trial_at: Moves to a fraction of the full step and evaluates there.
@@ -133,12 +132,24 @@ class Restorable(Protocol):
         """Put it back."""
 
 
-@contextmanager
-def atomic(*states: Restorable) -> Iterator[None]:
-    """Leave the states as they were if the block is left by any exception, KeyboardInterrupt included."""
-    try:
-        yield
-    except BaseException:
-        for state in states:
-            state.restore()
-        raise
+class Atomic:
+    """Leave the states as they were if the block is left by any exception, KeyboardInterrupt included.
+
+    A class rather than a generator: a generator that an interrupt leaves suspended would be closed, and would then
+    restore, whenever the traceback that holds it is released.
+
+    Args:
+        states: What to put back.
+    """
+
+    def __init__(self, *states: Restorable) -> None:
+        self._states = states
+
+    def __enter__(self) -> None:
+        """Nothing to do: the states were saved when they were made."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """Put the states back after an exception, which goes on."""
+        if kind is not None:
+            for state in self._states:
+                state.restore()

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.core.trust_region import Restorable, atomic
+from sb3_trpo_ext.core.trust_region import Atomic, Restorable
 from sb3_trpo_ext.sb3.checks import check_observation, check_rollout
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
@@ -133,7 +133,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """Update policy and critic from the rollout buffer, as one transaction."""
         record: dict[str, float] = {}
         try:
-            with atomic(*self._checkpoints()):
+            states = self._checkpoints()
+            # Twice: the outer one finishes what an interrupt cuts short while the inner one undoes an update.
+            with Atomic(*states), Atomic(*states):
                 self._update_learning_rate(self.policy.optimizer)
                 record = self._update()
                 self._check_outcome(record)

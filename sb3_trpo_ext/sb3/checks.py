@@ -11,23 +11,25 @@ import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise `ValueError` unless ``value >= least``."""
-    if not value >= least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise `ValueError` unless ``value`` is an integer >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
-def check_positive(name: str, value: Any, *, hint: str = "") -> float:
-    """Return ``value`` as a float, or raise `ValueError` unless it is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < float(value) < math.inf:
-        raise ValueError(f"`{name}` must be a positive number, got {value!r}. {hint}".rstrip())
+def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "") -> float:
+    """Return ``value`` as a float, or raise `ValueError` unless it is a finite number >= 0 (> 0 if ``positive``)."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        kind = "positive" if positive else "non-negative"
+        raise ValueError(f"`{name}` must be a finite, {kind} number, got {value!r}. {hint}".rstrip())
     return float(value)
 
 
-def check_fraction(name: str, value: float, *, include_zero: bool = False) -> None:
+def check_fraction(name: str, value: Any, *, include_zero: bool = False) -> None:
     """Raise `ValueError` unless ``value`` lies in (0, 1), or [0, 1)."""
-    if not (0 < value < 1 or (include_zero and value == 0)):
-        raise ValueError(f"`{name}` must lie in {'[' if include_zero else '('}0, 1), got {value}.")
+    if check_number(name, value, positive=not include_zero) >= 1:
+        raise ValueError(f"`{name}` must be less than 1, got {value}.")
 
 
 def check_rollout_size(n_steps: int, n_envs: int, *, normalize_advantage: bool) -> None:

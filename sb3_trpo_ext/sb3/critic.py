@@ -20,6 +20,7 @@ from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_line_search
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.checks import check_integer, check_number
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 
 
@@ -71,10 +72,8 @@ class GaussNewtonCritic(Critic):
         chunk_size: int | None = None,
     ) -> None:
         for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):
-            if value < 1:
-                raise ValueError(f"critic_kwargs: {name} must be at least 1, got {value}.")
-        if not 0 < damping < math.inf:
-            raise ValueError(f"critic_kwargs: damping must be a positive number, got {damping}.")
+            check_integer(f"critic_kwargs['{name}']", value)
+        check_number("critic_kwargs['damping']", damping, positive=True)
         self.damping = damping
         self.cg_steps = cg_steps
         self.n_steps = n_steps

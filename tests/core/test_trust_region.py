@@ -10,8 +10,8 @@ from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.objectives import clipped_surrogate, importance_sampled_surrogate
 from sb3_trpo_ext.core.trust_region import (
     Acceptance,
+    Atomic,
     Checkpoint,
-    atomic,
     backtracking_line_search,
     boundary_scale,
 )
@@ -88,7 +88,7 @@ def test_backtracking_gives_up_with_the_last_reason() -> None:
 def test_an_interrupted_block_leaves_the_same_bits(error: type[BaseException]) -> None:
     tensor = torch.tensor([float("nan"), -0.0, 5e-324, float("inf")], dtype=torch.float64)
     bits = tensor.view(torch.int64).clone()
-    with pytest.raises(error), atomic(Checkpoint([tensor])):
+    with pytest.raises(error), Atomic(Checkpoint([tensor])):
         tensor.fill_(1.0)
         raise error
     assert torch.equal(tensor.view(torch.int64), bits)
@@ -96,7 +96,7 @@ def test_an_interrupted_block_leaves_the_same_bits(error: type[BaseException]) -
 
 def test_a_finished_block_keeps_its_changes() -> None:
     tensor = torch.zeros(2)
-    with atomic(Checkpoint([tensor])):
+    with Atomic(Checkpoint([tensor])):
         tensor.fill_(1.0)
     assert torch.equal(tensor, torch.ones(2))
 

@@ -28,6 +28,7 @@ from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
+    check_finite,
     check_fraction,
     check_integer,
     check_minibatches,
@@ -233,7 +234,7 @@ class TRPO(TrustRegionAlgorithm):
             check_integer("fisher_chunk_size", self.fisher_chunk_size)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
-        check_number("ent_coef", self.ent_coef)
+        check_finite("ent_coef", self.ent_coef)
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
             if self.sub_sampling_factor > self.n_steps * self.n_envs:

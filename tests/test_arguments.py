@@ -81,6 +81,16 @@ def test_ppo_refuses_as_sb3_does(arguments: dict[str, Any]) -> None:
         make(PPOClip, **arguments)
 
 
+def test_a_penalty_on_entropy_is_allowed() -> None:
+    make(TRPO, ent_coef=-0.01)
+
+
+@pytest.mark.parametrize("name", ["n_epochs", "batch_size"])
+def test_ppo_refuses_a_fraction_of_an_epoch(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.*1\.5"):
+        make(PPOClip, **{name: 1.5})
+
+
 def test_one_sample_cannot_be_normalised() -> None:
     with pytest.raises(AssertionError, match="n_steps=1"):
         make(TRPO, n_steps=1)

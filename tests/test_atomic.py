@@ -249,7 +249,8 @@ def test_returns_beyond_the_range_of_floats_take_nothing_with_them(
 ) -> None:
     model = prepared(arm, verbose=1)
     model.rollout_buffer.returns[:] = 1e30
-    before = state(model)
+    before, updates = state(model), model._n_updates
     model.train()
     assert state(model) == before
+    assert model._n_updates == updates
     assert "is not finite" in capsys.readouterr().out

@@ -42,6 +42,17 @@ class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
+class UpdateCount:
+    """The number of updates that a model has made, to be put back with an update that is undone."""
+
+    def __init__(self, model: OnPolicyAlgorithm) -> None:
+        self._model, self._count = model, model._n_updates
+
+    def restore(self) -> None:
+        """Put the count back."""
+        self._model._n_updates = self._count
+
+
 class TrustRegionAlgorithm(OnPolicyAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
@@ -153,7 +164,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""
-        return policy_checkpoint(self.policy), OptimizerCheckpoint(self.policy.optimizer)
+        return policy_checkpoint(self.policy), OptimizerCheckpoint(self.policy.optimizer), UpdateCount(self)
 
     def _log(self, record: dict[str, float]) -> None:
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()

@@ -26,6 +26,12 @@ def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "
     return float(value)
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Raise `ValueError` unless ``value`` is a finite number of either sign."""
+    if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+
+
 def check_fraction(name: str, value: Any, *, include_zero: bool = False) -> None:
     """Raise `ValueError` unless ``value`` lies in (0, 1), or [0, 1)."""
     if check_number(name, value, positive=not include_zero) >= 1:

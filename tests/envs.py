@@ -5,6 +5,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
 
 ACTION_SPACES: dict[str, spaces.Space] = {
     "box": spaces.Box(-1, 1, (3,)),
@@ -50,6 +52,17 @@ class RandomEnv(gym.Env):
         self._time += 1
         reward = float(np.sum(action)) + 0.1 * self._time
         return self.observation_space.sample(), reward, self._time >= self._episode_length, False, {}
+
+
+class NoisyExtractor(BaseFeaturesExtractor):
+    """Batch norm and dropout: evaluation and training mode differ."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 8)
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)
 
 
 def make(algorithm: Any, action: str = "discrete", observation: str = "vector", **kwargs: Any) -> Any:

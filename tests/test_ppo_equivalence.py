@@ -3,23 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, RandomEnv, make, with_rollout
+from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, NoisyExtractor, RandomEnv, make, with_rollout
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from sb3_trpo_ext import PPOClip
-
-
-class Noisy(BaseFeaturesExtractor):
-    def __init__(self, observation_space: Any) -> None:
-        super().__init__(observation_space, 8)
-        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.net(observations)
 
 
 def trained(algorithm: Any, action: str, observation: str, options: dict[str, Any]) -> Any:
@@ -54,7 +43,7 @@ def test_every_action_space(action: str, observation: str) -> None:
         {"clip_range": lambda p: 0.1 + 0.2 * p, "learning_rate": lambda p: 1e-3 * p},
         {"target_kl": 1e-4},
         {"normalize_advantage": False, "ent_coef": 0.1, "vf_coef": 1.0, "max_grad_norm": 0.1},
-        {"policy_kwargs": {"features_extractor_class": Noisy}},
+        {"policy_kwargs": {"features_extractor_class": NoisyExtractor}},
         {"batch_size": 47},
     ],
     ids=lambda options: "-".join(options),

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, in_float64, make, with_rollout
+from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, in_float64, make, with_rollout
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from test_distributions import GSDE, batch_of, model_of
 from torch import Tensor, nn
@@ -13,17 +13,6 @@ from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, whole_rollout
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
-
-
-class NoisyExtractor(BaseFeaturesExtractor):
-    """Batch norm and dropout: evaluation and training mode differ."""
-
-    def __init__(self, observation_space: Any) -> None:
-        super().__init__(observation_space, 8)
-        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.net(observations)
 
 
 class AttentionExtractor(BaseFeaturesExtractor):

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, make
+from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, make
 from stable_baselines3.common.buffers import RolloutBuffer
-from test_policy_problem import AttentionExtractor, NoisyExtractor
+from test_policy_problem import AttentionExtractor
 
 from sb3_trpo_ext import TRPO, PPOClip
 

@@ -148,8 +148,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             # Twice: the outer one finishes what an interrupt cuts short while the inner one undoes an update.
             with Atomic(*states), Atomic(*states):
                 self._update_learning_rate(self.policy.optimizer)
-                record = self._update()
-                self._check_outcome(record)
+                outcome = self._update()
+                self._check_outcome(outcome)
+                record = outcome  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
             self._report_rejection(str(rejection))
         self._log(record)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from torch.nn import functional as F
 
 from sb3_trpo_ext.core.objectives import clipped_surrogate
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
-from sb3_trpo_ext.sb3.batch import consistent_evaluation, policy_actions, unchanged_numpy_state, whole_rollout
+from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, minibatches, whole_rollout
 from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 
@@ -168,11 +168,10 @@ class PPOClip(TrustRegionAlgorithm):
     def _update(self) -> dict[str, float]:
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
-            with unchanged_numpy_state():
-                batch = whole_rollout(self.rollout_buffer, self.action_space)
-            with consistent_evaluation(self.policy):
-                problem = PolicyProblem(self.policy, batch, chunk_size=KL_CHUNK_SIZE)
-            statistics, evaluation, reason = self._epochs(problem)
+            batch = whole_rollout(self.rollout_buffer, self.action_space)
+            problem = PolicyProblem(self.policy, batch, chunk_size=KL_CHUNK_SIZE)
+            self._exact(problem)
+            statistics, evaluation, reason = self._epochs(problem, batch)
         self._report_rejection(reason) if reason else self._report_success()
 
         means = {key: float(np.mean(values)) for key, values in statistics.items()}
@@ -186,13 +185,13 @@ class PPOClip(TrustRegionAlgorithm):
         record["train/entropy"] = evaluation.entropy
         return record
 
-    def _epochs(self, problem: PolicyProblem) -> tuple[Statistics, PolicyEvaluation, str]:
+    def _epochs(self, problem: PolicyProblem, batch: Batch) -> tuple[Statistics, PolicyEvaluation, str]:
         """Run the epochs; returns their statistics, the policy they leave, and why the last was rolled back, if so."""
         statistics: Statistics = defaultdict(list)
         reason = ""
         for epoch in range(self.n_epochs):
             before = self._checkpoints() if self.max_kl is not None else ()
-            within_target = self._epoch(epoch, statistics)
+            within_target = self._epoch(epoch, batch, statistics)
             if self.max_kl is not None and not self._exact(problem).divergence <= self.max_kl:
                 for state in before:
                     state.restore()
@@ -208,12 +207,12 @@ class PPOClip(TrustRegionAlgorithm):
         with consistent_evaluation(self.policy):
             return problem.evaluate()
 
-    def _epoch(self, epoch: int, statistics: Statistics) -> bool:
+    def _epoch(self, epoch: int, batch: Batch, statistics: Statistics) -> bool:
         """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
-        for data in self.rollout_buffer.get(self.batch_size):
-            loss, approx_kl = self._loss(data, statistics)
+        for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+            loss, approx_kl = self._loss(part, statistics)
             if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                 if self.verbose >= 1:
                     print(f"PPOClip: epoch {epoch} ended by target_kl, sampled KL {approx_kl:.3g}.")
@@ -226,19 +225,18 @@ class PPOClip(TrustRegionAlgorithm):
             self.policy.optimizer.step()
         return True
 
-    def _loss(self, data: RolloutBufferSamples, statistics: Statistics) -> tuple[Tensor, float]:
+    def _loss(self, batch: Batch, statistics: Statistics) -> tuple[Tensor, float]:
         """The loss on a minibatch, with its graph, and the sampled KL estimate (r - 1) - log r."""
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        actions = policy_actions(data.actions, self.action_space)
-        values, log_prob, entropy = self.policy.evaluate_actions(data.observations, actions)
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.inputs, batch.actions)
 
-        advantages = data.advantages
+        advantages = batch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        log_ratio = log_prob - data.old_log_prob
+        log_ratio = log_prob - batch.old_log_prob
         ratio = torch.exp(log_ratio)
         policy_loss = -clipped_surrogate(ratio, advantages, clip_range).mean()
-        value_loss = F.mse_loss(data.returns, self._clipped_values(values.flatten(), data.old_values))
+        value_loss = F.mse_loss(batch.returns, self._clipped_values(values.flatten(), batch.old_values))
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -36,7 +36,8 @@ from sb3_trpo_ext.sb3.checks import (
     check_rollout_size,
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.device import affordable_samples, check_interval
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -105,7 +106,8 @@ class TRPO(TrustRegionAlgorithm):
         rollout_buffer_kwargs: Its further arguments.
         normalize_advantage: Standardise Â over the rollout.
         target_kl: δ > 0, a float or a schedule of the remaining progress; see ``kl_per_action_dim``.
-        sub_sampling_factor: k: the Fisher matrix is estimated from every k-th sample; gradient and line search see all.
+        sub_sampling_factor: k: the Fisher matrix is estimated from a k-th of the samples; gradient and line search see
+            all. See ``curvature_samples``.
         stats_window_size: Episodes in the logged means.
         tensorboard_log: Directory for TensorBoard; None for none.
         policy_kwargs: Further arguments of the policy.
@@ -121,7 +123,10 @@ class TRPO(TrustRegionAlgorithm):
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's
             δ = target_kl. ``train/target_kl`` logs δ.
         ent_coef: Weight of an entropy bonus, in the gradient and in the line search.
-        fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. None for all at once.
+        curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
+            Gauss-Newton critic are estimated from. None for all.
+        fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
+            a sample costs and keeps the graphs within 512 MiB; None for all at once.
         cg_residual_tol: Conjugate gradients stop at this relative residual.
         line_search_accept_ratio: Fraction in [0, 1) of the predicted improvement that a step must bring; 0 accepts
             any improvement.
@@ -168,7 +173,8 @@ class TRPO(TrustRegionAlgorithm):
         critic_kwargs: dict[str, Any] | None = None,
         kl_per_action_dim: bool = True,
         ent_coef: float = 0.0,
-        fisher_chunk_size: int | None = None,
+        curvature_samples: int | None = 512,
+        fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 1e-5,
         line_search_accept_ratio: float = 0.0,
         fast_rollouts: bool = True,
@@ -205,6 +211,7 @@ class TRPO(TrustRegionAlgorithm):
         self.cg_damping = cg_damping
         self.cg_residual_tol = cg_residual_tol
         self.sub_sampling_factor = sub_sampling_factor
+        self.curvature_samples = curvature_samples
         self.fisher_chunk_size = fisher_chunk_size
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
@@ -230,7 +237,9 @@ class TRPO(TrustRegionAlgorithm):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
             check_number(name, getattr(self, name))
-        if self.fisher_chunk_size is not None:
+        if self.curvature_samples is not None:
+            check_integer("curvature_samples", self.curvature_samples)
+        if self.fisher_chunk_size not in ("auto", None):
             check_integer("fisher_chunk_size", self.fisher_chunk_size)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
@@ -245,16 +254,24 @@ class TRPO(TrustRegionAlgorithm):
             if self.critic == "adam":
                 check_minibatches(self.n_steps, self.n_envs, self.batch_size)
 
-    def _make_critic(self) -> Critic:
+    def _make_critic(self, chunk_size: int | None = None) -> Critic:
         if self.critic == "gauss_newton":
-            return GaussNewtonCritic(**self.critic_kwargs, chunk_size=self.fisher_chunk_size)
+            return GaussNewtonCritic(
+                **{"curvature_samples": self.curvature_samples, **self.critic_kwargs}, chunk_size=chunk_size
+            )
         if self.critic == "adam":
             if self.critic_kwargs:
                 raise ValueError(
                     f"`critic_kwargs` belongs to critic='gauss_newton', got {self.critic_kwargs} with critic='adam'. "
                     "Use `learning_rate`, `batch_size` and `n_critic_updates`."
                 )
-            return AdamCritic(self.rollout_buffer, batch_size=self.batch_size, n_updates=self.n_critic_updates)
+            return AdamCritic(
+                self.rollout_buffer,
+                self.action_space,
+                batch_size=self.batch_size,
+                n_updates=self.n_critic_updates,
+                chunk_size=chunk_size,
+            )
         raise ValueError(f"`critic` must be 'gauss_newton' or 'adam', got {self.critic!r}.")
 
     def trust_region_radius(self) -> float:
@@ -274,9 +291,12 @@ class TRPO(TrustRegionAlgorithm):
         with consistent_evaluation(self.policy):
             with timed(record, "time/policy_s"):
                 batch = whole_rollout(self.rollout_buffer, self.action_space)
-                step = self._policy_step(batch.with_normalized_advantages() if self.normalize_advantage else batch)
+                chunk_size = self._chunk_size(batch)
+                step = self._policy_step(
+                    batch.with_normalized_advantages() if self.normalize_advantage else batch, chunk_size
+                )
             with timed(record, "time/critic_s"):
-                record["train/value_loss"] = self._make_critic().fit(self.policy, batch, step.actor)
+                record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
 
         if step.reason:
             self._report_rejection(step.reason)
@@ -295,10 +315,21 @@ class TRPO(TrustRegionAlgorithm):
         self._n_updates += 1
         return record
 
-    def _policy_step(self, batch: Batch) -> PolicyStep:
+    def _chunk_size(self, batch: Batch) -> int | None:
+        """Most samples in one forward pass."""
+        if self.fisher_chunk_size == "auto":
+            return affordable_samples(self.policy, lambda part: PolicyOutput.of(self.policy, part).z, batch)
+        return self.fisher_chunk_size
+
+    def _fisher_samples(self, batch: Batch) -> int | None:
+        """Most samples that the Fisher matrix is estimated from."""
+        kept = math.ceil(len(batch) / self.sub_sampling_factor)
+        return kept if self.curvature_samples is None else min(kept, self.curvature_samples)
+
+    def _policy_step(self, batch: Batch, chunk_size: int | None = None) -> PolicyStep:
         """One step of the policy; the parameters are restored if it is rejected."""
         radius = self.trust_region_radius()
-        problem = PolicyProblem(self.policy, batch, ent_coef=self.ent_coef, chunk_size=self.fisher_chunk_size)
+        problem = PolicyProblem(self.policy, batch, ent_coef=self.ent_coef, chunk_size=chunk_size)
         gradients = problem.gradients()
         if not gradients:
             return PolicyStep(frozenset(), problem.start, reason="the policy has no trainable parameter")
@@ -308,9 +339,13 @@ class TRPO(TrustRegionAlgorithm):
             return PolicyStep(actor, problem.start, reason="the gradient of the surrogate is not finite")
 
         with explained_double_backward():
-            fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self.sub_sampling_factor)
+            fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(batch))
             solution = conjugate_gradient(
-                fisher, gradient, max_steps=self.cg_max_steps, residual_tol=self.cg_residual_tol
+                fisher,
+                gradient,
+                max_steps=self.cg_max_steps,
+                residual_tol=self.cg_residual_tol,
+                check_every=check_interval(gradient),
             )
         if not 0 < solution.curvature < math.inf:
             reason = f"conjugate gradients found no direction ({solution.stop})"

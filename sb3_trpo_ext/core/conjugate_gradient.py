@@ -1,5 +1,6 @@
 """Solve F x = b with products only."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,19 +29,27 @@ class CGResult:
 
 
 def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, *, max_steps: int = 10, residual_tol: float = 1e-5
+    product: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    max_steps: int = 10,
+    residual_tol: float = 1e-5,
+    check_every: int = 1,
 ) -> CGResult:
     r"""Approximate F⁻¹b for a symmetric positive definite F (Hestenes and Stiefel, 1952).
 
     Deviations from the textbook: starts at zero, so the iterates stay in the Krylov space of b and no random
     number is drawn; stops as soon as a search direction has no positive curvature and returns the best iterate
-    before it (zero if there is none), because a step to the boundary along such an x would be meaningless.
+    before it (zero if there is none), because a step to the boundary along such an x would be meaningless. All
+    scalars stay tensors, and a stopped iteration stands still, so that an accelerator need not be waited for.
 
     Args:
         product: v ↦ F v on vectors ``(P,)``.
         b: Right-hand side ``(P,)``, finite.
         max_steps: Most products spent.
         residual_tol: Stop when ‖b - F x‖ <= residual_tol · ‖b‖.
+        check_every: Ask whether the iteration has stopped only every so many products. 1 wastes none; more spares an
+            accelerator the waiting, and changes nothing in the result.
 
     Returns:
         The solution with its record.
@@ -48,25 +57,35 @@ def conjugate_gradient(
     Source: Schulman et al. (2015), "Trust Region Policy Optimization", appendix C.
     """
     x = torch.zeros_like(b)
-    residual, direction = b.clone(), b.clone()
-    norm2 = b_norm2 = float(b.dot(b))
-    stop = "max steps" if b_norm2 > 0 else "zero right-hand side"
+    residual, direction = b, b
+    norm2 = b_norm2 = b.dot(b)
+    going = b_norm2 > 0
+    steps, curvature = torch.zeros_like(b_norm2), torch.ones_like(b_norm2)
 
-    steps = 0
-    while stop == "max steps" and steps < max_steps:
-        image = product(direction)
-        curvature = float(direction.dot(image))
-        if not 0 < curvature < float("inf"):
-            stop = "non-positive curvature" if curvature <= 0 else "non-finite curvature"
+    for step in range(max_steps):
+        if step % check_every == 0 and not bool(going):
             break
-        steps += 1
+        image = product(direction)
+        curvature = torch.where(going, direction.dot(image), curvature)
+        going = going & (curvature > 0) & (curvature < math.inf)
         step_length = norm2 / curvature
-        x = x + step_length * direction
-        residual = residual - step_length * image
-        previous, norm2 = norm2, float(residual.dot(residual))
-        if norm2 <= residual_tol**2 * b_norm2:
-            stop = "converged"
-        direction = residual + (norm2 / previous) * direction
+        x = torch.where(going, x + step_length * direction, x)
+        residual = torch.where(going, residual - step_length * image, residual)
+        previous, norm2 = norm2, residual.dot(residual)
+        direction = torch.where(going, residual + (norm2 / previous) * direction, direction)
+        steps = steps + going
+        going = going & (norm2 > residual_tol**2 * b_norm2)
 
-    relative = (norm2 / b_norm2) ** 0.5 if b_norm2 > 0 else 0.0
-    return CGResult(x, float(x.dot(b - residual)), steps, relative, stop)
+    return _record(x, torch.stack([steps, norm2, b_norm2, curvature, x.dot(b - residual)]).tolist(), residual_tol)
+
+
+def _record(x: Tensor, numbers: list[float], residual_tol: float) -> CGResult:
+    """The result, and in words why the iteration stopped."""
+    steps, norm2, b_norm2, last_curvature, curvature = numbers
+    if not b_norm2 > 0:
+        stop = "zero right-hand side"
+    elif not 0 < last_curvature < math.inf:
+        stop = "non-positive curvature" if last_curvature <= 0 else "non-finite curvature"
+    else:
+        stop = "converged" if norm2 <= residual_tol**2 * b_norm2 else "max steps"
+    return CGResult(x, curvature, int(steps), (norm2 / b_norm2) ** 0.5 if b_norm2 > 0 else 0.0, stop)

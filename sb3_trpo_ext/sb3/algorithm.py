@@ -168,7 +168,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         return policy_checkpoint(self.policy), OptimizerCheckpoint(self.policy.optimizer), UpdateCount(self)
 
     def _log(self, record: dict[str, float]) -> None:
-        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        buffer = self.rollout_buffer
+        # In the order of SB3, one environment after the other, for the same rounding.
+        values, returns = (x.flatten() if x.shape[1] == 1 else x.T.flatten() for x in (buffer.values, buffer.returns))
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())

@@ -15,15 +15,17 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module.parameters() if param.requires_grad]
 
 
-def gradient(terms: Iterable[Tensor], params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+def gradient(
+    terms: Iterable[Tensor], params: Sequence[nn.Parameter], *, retain_graph: bool = False
+) -> dict[nn.Parameter, Tensor]:
     """Gradient of a sum of scalars, for those parameters that the graph of some term reaches.
 
-    Each term's graph is released before the next is built, if ``terms`` builds them lazily; that of a term made
-    elsewhere lives as long as its owner keeps it.
+    Each term's graph is released before the next is built, if ``terms`` builds them lazily.
 
     Args:
         terms: Scalars with their graphs.
         params: Candidates.
+        retain_graph: Keep the graphs for further use.
 
     Returns:
         Gradients by parameter, in the order of ``params``; a parameter that is not reached is absent, one that is
@@ -33,9 +35,8 @@ def gradient(terms: Iterable[Tensor], params: Sequence[nn.Parameter]) -> dict[nn
     for term in terms:
         if not term.requires_grad:
             continue
-        for param, grad in zip(
-            params, torch.autograd.grad(term, params, retain_graph=True, allow_unused=True), strict=True
-        ):
+        grads = torch.autograd.grad(term, params, retain_graph=retain_graph, allow_unused=True)
+        for param, grad in zip(params, grads, strict=True):
             if grad is not None:
                 reached[param] = reached[param] + grad if param in reached else grad
     return {param: reached[param] for param in params if param in reached}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +51,17 @@ class PolicyOutput:
     @classmethod
     def of(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
         """Run the policy on a batch."""
-        distribution = policy.get_distribution(batch.observations)
+        distribution = policy.get_distribution(batch.inputs)
         family = family_of(distribution)
         return cls(distribution, family, family.coordinates(distribution))
 
 
 class PolicyProblem:
-    """Maximise L(θ) subject to D(θ) <= δ around the policy as it stands when this is made.
+    """Maximise L(θ) subject to D(θ) <= δ around the policy as it stands at the first visit.
 
     L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] + ent_coef · E[H(π_θ(·|s))] and D(θ) = E[KL(π_old(·|s)‖π_θ(·|s))]
-    (Schulman et al. 2015, equation 14), over a batch that is visited in chunks.
+    (Schulman et al. 2015, equation 14), over a batch that is visited in chunks. The first call, `gradients` or
+    `evaluate`, finds θ_old.
 
     Args:
         policy: The policy at θ_old.
@@ -70,8 +70,10 @@ class PolicyProblem:
         chunk_size: Most samples in one forward pass; None for all at once.
 
     Attributes:
-        start: The evaluation at θ_old; its divergence is exactly zero.
+        start: The evaluation at θ_old, after the first call; its divergence is exactly zero.
     """
+
+    start: PolicyEvaluation
 
     def __init__(
         self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
@@ -83,53 +85,66 @@ class PolicyProblem:
         self._chunks = batch.split(chunk_size)
         self._old: list[Tensor] = []
         self._graph: PolicyOutput | None = None
-        self.start = self.evaluate()
 
     @torch.no_grad()
     def evaluate(self) -> PolicyEvaluation:
         """Evaluate the policy with the parameters it has now, without a graph."""
-        surrogate = entropy = divergence = torch.zeros((), device=self._batch.weights.device)
-        kl_max = torch.full_like(divergence, -math.inf)
-        for index, chunk in enumerate(self._chunks):
-            output = PolicyOutput.of(self._policy, chunk)
-            if index == len(self._old):
-                self._old.append(output.z)
-            kl = output.family.kl(self._old[index], output.z)
-            chunk_surrogate, chunk_entropy = self._terms(chunk, output.distribution)
-            surrogate, entropy = surrogate + chunk_surrogate, entropy + chunk_entropy
-            divergence, kl_max = divergence + chunk.mean(kl), torch.maximum(kl_max, kl.max())
-        values = torch.stack([surrogate, entropy, divergence, kl_max]).tolist()
-        return PolicyEvaluation(values[0] + self._ent_coef * values[1], values[2], values[3], values[1])
+        return self._summary([shares for _, shares in self._visit()])
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """∇L at θ_old for the actor: every trainable parameter that the policy's output reaches."""
-        return gradient((self._remembered_objective(chunk) for chunk in self._chunks), trainable(self._policy))
+        """∇L at θ_old for the actor: every trainable parameter that the policy's output reaches.
 
-    def fisher(
-        self, params: Sequence[nn.Parameter], damping: float, sub_sampling_factor: int = 1
-    ) -> GaussNewtonProduct:
-        """Products v ↦ (F + λI) v at θ_old, F from every ``sub_sampling_factor``-th sample, always the same.
+        One forward pass a chunk gives the gradient, `start`, and where all samples fit in one, the graph of `fisher`.
+        """
+        visited: list[Tensor] = []
+
+        def objectives() -> Iterator[Tensor]:
+            for objective, shares in self._visit():
+                visited.append(shares)
+                yield objective
+
+        found = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
+        self.start = self._summary(visited)
+        return found
+
+    def fisher(self, params: Sequence[nn.Parameter], damping: float, samples: int | None = None) -> GaussNewtonProduct:
+        """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
 
         The graph that gave the gradient also serves the products where both see the whole batch in one chunk.
         """
-        if sub_sampling_factor == 1 and self._graph is not None:
+        batch = self._batch if samples is None else self._batch.subset(samples)
+        if batch is self._batch and self._graph is not None:
             graph = self._graph
-            return GaussNewtonProduct([lambda: _fisher_segment(self._batch, graph)], params, damping)
+            return GaussNewtonProduct([lambda: _fisher_segment(batch, graph)], params, damping)
+        self._graph = None
 
         def segment(chunk: Batch) -> Segment:
             return lambda: _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
 
-        chunks = self._batch.thinned(sub_sampling_factor).split(self._chunk_size)
-        return GaussNewtonProduct([segment(chunk) for chunk in chunks], params, damping)
+        return GaussNewtonProduct([segment(chunk) for chunk in batch.split(self._chunk_size)], params, damping)
 
-    def _remembered_objective(self, chunk: Batch) -> Tensor:
-        output = PolicyOutput.of(self._policy, chunk)
-        self._graph = output if len(self._chunks) == 1 else None
-        surrogate, entropy = self._terms(chunk, output.distribution)
-        return surrogate + self._ent_coef * entropy if self._ent_coef else surrogate
+    def _visit(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the chunks in turn: each one's share of L, and of (L, E[H], D) with its largest KL, detached."""
+        at_start = not self._old
+        for index, chunk in enumerate(self._chunks):
+            output = PolicyOutput.of(self._policy, chunk)
+            if at_start:
+                self._old.append(output.z.detach())
+                self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
+            kl = output.family.kl(self._old[index], output.z.detach())
+            objective, entropy = self._terms(chunk, output.distribution)
+            yield objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
+
+    def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
+        total = torch.stack(shares)
+        objective, entropy, divergence = total[:, :3].sum(dim=0).tolist()
+        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy)
+        if not hasattr(self, "start"):
+            self.start = evaluation
+        return evaluation
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
-        """A chunk's shares of E[r·Â] and of the entropy."""
+        """A chunk's shares of L and of the entropy."""
         log_prob = distribution.log_prob(chunk.actions)
         ratio = torch.exp(log_prob - chunk.old_log_prob)
         entropy = distribution.entropy()
@@ -137,7 +152,8 @@ class PolicyProblem:
             # No closed form (squashed actions). E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has
             # gradient zero in expectation.
             entropy = -ratio * log_prob
-        return chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
+        surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
+        return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
 
 
 def _fisher_segment(batch: Batch, output: PolicyOutput) -> tuple[Tensor, Metric]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, ValueProblem
+from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, ValueFunction, ValueProblem
 
 
 def regression(size: int = 40, scale: float = 1.0) -> Batch:
@@ -16,11 +16,11 @@ def regression(size: int = 40, scale: float = 1.0) -> Batch:
     observations = torch.randn(size, 5, dtype=torch.float64)
     returns = scale * torch.randn(size, dtype=torch.float64)
     empty = torch.zeros(size, dtype=torch.float64)
-    return Batch(observations, empty, empty, empty, returns, torch.full_like(empty, 1 / size))
+    return Batch(observations, empty, empty, empty, returns, empty, torch.full_like(empty, 1 / size))
 
 
 def mean_squared_error(model: Any, batch: Batch) -> float:
-    return -2 * ValueProblem(model.policy, [batch]).evaluate().objective
+    return -2 * ValueProblem(ValueFunction(model.policy, batch, frozenset(), None)).evaluate().objective
 
 
 def test_a_linear_critic_reaches_the_least_squares_solution_in_one_step() -> None:

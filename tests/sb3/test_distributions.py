@@ -41,7 +41,7 @@ def batch_of(model: Any, size: int = 9) -> Batch:
         log_prob = distribution.log_prob(actions)
     noise = torch.randn(2, size, dtype=torch.float64)
     weights = torch.full((size,), 1 / size, dtype=torch.float64)
-    return Batch(observations, actions, log_prob, noise[0], noise[1], weights)
+    return Batch(observations, actions, log_prob, noise[0], noise[1], noise[1], weights)
 
 
 def torch_kl(old: Any, new: Any) -> Tensor:

@@ -7,7 +7,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
 from sb3_trpo_ext.sb3.snapshot import NotCoveredError
+from sb3_trpo_ext.sb3.stepping import cheap_copies
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """The action spaces of SB3's PPO."""
@@ -136,9 +137,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         if path != self.rollout_path and self.verbose >= 1:
             print(f"Rollouts: {path}")
         self.rollout_path = path
-        if fast is not None:
-            return fast.collect(callback)
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        with cheap_copies(env) if self.fast_rollouts else nullcontext():
+            if fast is not None:
+                return fast.collect(callback)
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,8 @@ class FastRollout:
         self._env = env
         self._buffer = buffer
         self._n_steps = n_steps
+        self._obs_shape = (env.num_envs, *buffer.obs_shape)
+        self._action_shape = (env.num_envs, buffer.action_dim)
         self._valued = 0
         self._timeouts = Timeouts()
 
@@ -84,26 +87,29 @@ class FastRollout:
                 self._snapshot = PolicySnapshot(model.policy)
 
         self._value_steps(self._n_steps)
-        last_values = torch.from_numpy(self._snapshot.values(model._last_obs))
-        buffer.compute_returns_and_advantage(last_values=last_values, dones=names["dones"])
-        callback.update_locals({**names, "n_steps": self._n_steps, "values": last_values})
+        last_values = self._snapshot.values(model._last_obs)
+        estimate_advantages(buffer, last_values, names["dones"])
+        callback.update_locals({**names, "n_steps": self._n_steps, "values": torch.from_numpy(last_values)})
         callback.on_rollout_end()
         return True
 
     def _step(self, step: int, noise: Array, names: dict[str, Any]) -> None:
         """Act once in all environments."""
-        observations, space = self._model._last_obs, self._model.action_space
+        model, space = self._model, self._model.action_space
+        observations = model._last_obs
         actions = self._snapshot.act(observations, noise)
         clipped = actions
         if isinstance(space, spaces.Box):
-            if not np.isfinite(actions).all():
+            flat = actions.reshape(-1)
+            # The sum of squares is one quick call; it is also infinite where the largest float is near.
+            if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
             actions = actions.reshape(-1, *space.shape)
             clipped = np.clip(actions, space.low, space.high)
         new_obs, rewards, dones, infos = self._env.step(clipped)
-        self._model.num_timesteps += self._env.num_envs
+        model.num_timesteps += self._env.num_envs
         names.update(
-            obs_tensor=torch.as_tensor(observations),
+            obs_tensor=torch.from_numpy(observations),
             actions=actions,
             clipped_actions=clipped,
             new_obs=new_obs,
@@ -116,13 +122,13 @@ class FastRollout:
         """Write the step into the buffer and move on."""
         model, buffer, dones = self._model, self._buffer, names["dones"]
         model._update_info_buffer(names["infos"], dones)
-        buffer.observations[step] = model._last_obs.reshape(buffer.observations[step].shape)
-        buffer.actions[step] = names["actions"].reshape(buffer.actions[step].shape)
+        buffer.observations[step] = model._last_obs.reshape(self._obs_shape)
+        buffer.actions[step] = names["actions"].reshape(self._action_shape)
         buffer.rewards[step] = names["rewards"]
         buffer.episode_starts[step] = model._last_episode_starts
         buffer.pos = step + 1
         buffer.full = buffer.pos == buffer.buffer_size
-        if dones.any():
+        if np.count_nonzero(dones):
             self._timeouts.note(step, dones, names["infos"])
         model._last_obs, model._last_episode_starts = names["new_obs"], dones
 
@@ -141,6 +147,28 @@ class FastRollout:
             terminal = self._snapshot.values(np.stack(timeouts.observations))
             buffer.rewards[timeouts.steps, timeouts.envs] += self._model.gamma * terminal
         self._valued = end
+
+
+def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:
+    """Generalised advantage estimates and λ-returns, as `RolloutBuffer.compute_returns_and_advantage` fills them in.
+
+    δ_t = r_t + γ V(s_t+1) - V(s_t) and Â_t = δ_t + γλ Â_t+1, nothing being carried over the end of an episode; only the
+    recursion is a loop (Schulman et al. 2016, equation 16).
+
+    Args:
+        buffer: The buffer, full.
+        last_values: V of the observations after the last step, ``(E,)``.
+        dones: Which episodes ended at the last step, ``(E,)``.
+    """
+    goes_on = 1.0 - np.concatenate([buffer.episode_starts[1:], dones[None].astype(np.float32)])
+    next_values = np.concatenate([buffer.values[1:], last_values[None]])
+    deltas = buffer.rewards + buffer.gamma * next_values * goes_on - buffer.values
+    decays = buffer.gamma * buffer.gae_lambda * goes_on
+    advantage: Array = np.zeros_like(last_values)
+    for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
+        advantage = delta + decay * advantage
+        target[:] = advantage
+    buffer.returns = buffer.advantages + buffer.values
 
 
 def fast_rollout(model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int) -> FastRollout:

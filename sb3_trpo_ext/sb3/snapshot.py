@@ -23,6 +23,7 @@ from torch.nn.modules import module as global_hooks
 
 Array = NDArray[Any]
 Layer = Callable[[Array], Array]
+"""A map of rows; an activation may write into its argument."""
 
 OVERRIDABLE = (
     "forward",
@@ -41,8 +42,12 @@ OVERRIDABLE = (
 """Methods of ActorCriticPolicy whose overriding could change how it acts or values."""
 
 
+def _tanh(x: Array) -> Array:
+    return np.tanh(x, out=x)
+
+
 def _relu(x: Array) -> Array:
-    return np.maximum(x, 0)
+    return np.maximum(x, 0, out=x)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -62,7 +67,7 @@ def _leaky_relu(module: nn.Module) -> Layer:
 
 
 ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Layer]] = {
-    nn.Tanh: lambda module: np.tanh,
+    nn.Tanh: lambda module: _tanh,
     nn.ReLU: lambda module: _relu,
     nn.Sigmoid: lambda module: _sigmoid,
     nn.SiLU: lambda module: lambda x: x * _sigmoid(x),
@@ -86,12 +91,19 @@ class NotCoveredError(Exception):
 
 
 def _linear(module: nn.Linear) -> Layer:
-    # Contiguous copies: a callback may train the policy in place while the snapshot is still acting.
-    weight = np.ascontiguousarray(module.weight.detach().numpy().T.copy())
+    # Copies: a callback may train the policy in place while the snapshot is still acting. Transposed ones, because
+    # BLAS multiplies a few rows by a matrix in column order fastest.
+    weight = np.asfortranarray(module.weight.detach().numpy().T.copy())
     if module.bias is None:
-        return lambda x: x @ weight
+        return lambda x: np.dot(x, weight)
     bias = module.bias.detach().numpy().copy()
-    return lambda x: x @ weight + bias
+
+    def layer(x: Array) -> Array:
+        image: Array = np.dot(x, weight)
+        image += bias
+        return image
+
+    return layer
 
 
 def _layers(module: nn.Module) -> list[Layer]:
@@ -123,6 +135,7 @@ class ActionSampler:
     def __init__(self, action_space: spaces.Space, log_std: Array | None) -> None:
         self._space = action_space
         self._log_std = log_std
+        self._std = None if log_std is None else np.exp(log_std)
         self._sizes = (
             [int(action_space.n)]
             if isinstance(action_space, spaces.Discrete)
@@ -141,8 +154,8 @@ class ActionSampler:
 
     def act(self, outputs: Array, noise: Array) -> Array:
         """Actions ``(E, ...)`` for one step."""
-        if self._log_std is not None:
-            return outputs + np.exp(self._log_std) * noise
+        if self._std is not None:
+            return outputs + self._std * noise
         if isinstance(self._space, spaces.MultiBinary):
             return (noise < _sigmoid(outputs)).astype(self._space.dtype)
         scores = outputs + noise
@@ -178,7 +191,7 @@ class PolicySnapshot:
         _require_plain(policy)
         extractor = policy.mlp_extractor
         self._parameters = list(policy.parameters())
-        self._version = self._fingerprint()
+        self._copied = self._fingerprint()
         self._actor = _layers(extractor.policy_net) + _layers(policy.action_net)
         self._critic = _layers(extractor.value_net) + _layers(policy.value_net)
         log_std = policy.log_std.detach().numpy().copy() if isinstance(policy.action_space, spaces.Box) else None
@@ -187,12 +200,13 @@ class PolicySnapshot:
         self.noise_width = policy.action_net.out_features
         self._space = policy.observation_space
 
-    def _fingerprint(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+    def _fingerprint(self) -> list[int]:
+        parameters = self._parameters
+        return [parameter._version for parameter in parameters] + list(map(torch.Tensor.data_ptr, parameters))
 
     def is_current(self) -> bool:
         """Whether the policy's parameters are still those that were copied."""
-        return self._fingerprint() == self._version
+        return self._fingerprint() == self._copied
 
     def encode(self, observations: Array) -> Array:
         """What SB3's preprocessing and FlattenExtractor give: ``(N, features)``, float32."""

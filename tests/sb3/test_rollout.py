@@ -1,6 +1,7 @@
 """The fast path collects what SB3's own collection would."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -18,6 +19,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext.sb3.rollout import estimate_advantages
+from sb3_trpo_ext.sb3.stepping import cheap_copies
 
 FIELDS = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "advantages", "returns")
 COVERED = ["vector", "discrete", "multidiscrete", "multibinary"]
@@ -262,3 +265,64 @@ def test_a_callback_that_stops_leaves_the_steps_so_far() -> None:
 
     model = make(TRPO, "box").learn(64, callback=Stop())
     assert (model.num_timesteps, model.rollout_buffer.pos, model._n_updates) == (7, 6, 0)
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+def test_advantages_are_those_of_sb3_bit_for_bit(n_envs: int) -> None:
+    box = gym.spaces.Box(-1, 1, (2,))
+    ours, theirs = (RolloutBuffer(50, box, box, "cpu", 0.95, 0.99, n_envs) for _ in range(2))
+    random = np.random.default_rng(0)
+    for name in ("rewards", "values", "episode_starts"):
+        drawn = random.random((50, n_envs)) < 0.1 if name == "episode_starts" else random.normal(size=(50, n_envs))
+        for buffer in (ours, theirs):
+            getattr(buffer, name)[:] = drawn
+    last_values, dones = random.normal(size=n_envs).astype(np.float32), np.arange(n_envs) % 2 == 1
+    estimate_advantages(ours, last_values, dones)
+    theirs.compute_returns_and_advantage(torch.from_numpy(last_values), dones)
+    assert np.array_equal(ours.advantages, theirs.advantages)
+    assert np.array_equal(ours.returns, theirs.returns)
+
+
+class Mutable:
+    """Something that an environment might change in place."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+
+class Keeper(gym.Env[np.ndarray, int]):
+    """Returns one and the same observation and info, changed in place at each step."""
+
+    observation_space, action_space = gym.spaces.Box(-100, 100, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.observation = np.zeros(2, dtype=np.float32)
+        self.info: dict[str, Any] = {"n": 0, "list": [], "array": np.zeros(2), "object": Mutable(), "f": np.float64(0)}
+        return self.observation, self.info
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.observation += 1
+        self.info["n"] += 1
+        self.info["list"].append(self.info["n"])
+        self.info["array"] += 1
+        self.info["object"].value += 1
+        return self.observation, 0.0, self.info["n"] == 7, False, self.info
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize])
+def test_cheap_copies_are_as_deep_as_they_must_be(wrap: Callable[[Any], Any]) -> None:
+    def described(info: dict[str, Any]) -> Any:
+        return {k: v.value if k == "object" else np.asarray(v).tolist() for k, v in info.items() if k != "episode"}
+
+    def run(cheap: bool) -> list[Any]:
+        env = wrap(make_vec_env(Keeper, n_envs=2))
+        env.reset()
+        with cheap_copies(env) if cheap else nullcontext():
+            steps = [env.step(np.zeros(2, dtype=int)) for _ in range(10)]
+        assert type(env.unwrapped.buf_infos) is list
+        return [
+            (obs.tolist(), rewards.tolist(), dones.tolist(), list(map(described, infos)))
+            for obs, rewards, dones, infos in steps
+        ]
+
+    assert run(cheap=True) == run(cheap=False)

@@ -1,0 +1,290 @@
+"""Time training against sb3_contrib.TRPO and SB3's PPO: same environments, default settings of both, one thread.
+
+    python examples/benchmarks/speed.py                      # all cases, then the table (about an hour)
+    python examples/benchmarks/speed.py --cases Hopper-v5    # those whose name contains a word
+    python examples/benchmarks/speed.py --report             # the table of what was measured
+
+Every measurement is a fresh process: build, one iteration to warm up, then the timed iterations of ``learn``. Ours and
+the peer's alternate, so that a slow spell of the machine meets both. The table shows the median of the paired ratios
+peer/ours, and the smallest and the largest.
+
+Phases: *rollout* is ``collect_rollouts``; *policy* is ``train`` up to the critic, *critic* the rest of it (for PPO all
+of ``train`` is *policy*); *iteration* is the whole of ``learn``. *Environment bound* is ours: training steps a second
+over the steps a second of the same vectorised environment stepped with actions drawn beforehand. *Memory* is the peak
+of the process during the policy phase above what it held before.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+PHASES = ("iteration", "rollout", "policy", "critic")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to time.
+
+    Attributes:
+        env: Gymnasium id, or "random images".
+        n_envs: Environments.
+        algorithm: Ours; the peer is the one of SB3 or sb3-contrib.
+        normalize: Wrap in VecNormalize.
+        iterations: Timed iterations of a measurement.
+        settings: Arguments beyond the defaults, of both.
+    """
+
+    env: str
+    n_envs: int
+    algorithm: str = "TRPO"
+    normalize: bool = False
+    iterations: int = 5
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How the table calls it."""
+        parts = [self.env, f"{self.n_envs} env" + "s" * (self.n_envs > 1)]
+        if self.normalize:
+            parts.append("VecNormalize")
+        if self.algorithm != "TRPO":
+            parts.insert(0, f"{self.algorithm} vs PPO")
+        return ", ".join(parts)
+
+
+CASES = [
+    Case("CartPole-v1", 8),
+    Case("Pendulum-v1", 1),
+    Case("Hopper-v5", 1),
+    Case("Hopper-v5", 8, iterations=3),
+    Case("HalfCheetah-v5", 2),
+    Case("HalfCheetah-v5", 2, normalize=True),
+    Case("Ant-v5", 1),
+    Case("random images", 8, iterations=1, settings={"n_steps": 1024}),
+    Case("Hopper-v5", 1, algorithm="PPOClip"),
+    Case("CartPole-v1", 8, algorithm="PPOClip"),
+]
+
+
+def make_env(case: Case) -> Any:
+    """The vectorised environment of a case."""
+    import gymnasium as gym
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    class RandomImages(gym.Env[Any, Any]):
+        """84 x 84 x 4 bytes of noise and six actions: an Atari game without the game."""
+
+        observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+        action_space = gym.spaces.Discrete(6)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+            super().reset(seed=seed)
+            self._steps = 0
+            self._images = self.np_random.integers(0, 256, (16, 84, 84, 4), dtype=np.uint8)
+            return self._images[0], {}
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            self._steps += 1
+            return self._images[self._steps % 16], float(action == 0), self._steps % 256 == 0, False, {}
+
+    env = make_vec_env(RandomImages if case.env == "random images" else case.env, n_envs=case.n_envs, seed=0)
+    return VecNormalize(env) if case.normalize else env
+
+
+class PhaseClock:
+    """Seconds and bytes of each phase of a model's iterations."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.peak_mib = 0.0
+        self._model = model
+        self._critic_start = 0.0
+        model.collect_rollouts = self._timed_rollout(model.collect_rollouts)
+        model.train = self._timed_train(model.train)
+
+    def _timed_rollout(self, collect: Callable[..., bool]) -> Callable[..., bool]:
+        def timed(*args: Any, **kwargs: Any) -> bool:
+            start = time.perf_counter()
+            result = collect(*args, **kwargs)
+            self.seconds["rollout"] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def _timed_train(self, train: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            self._mark_the_critic()
+            start, self._critic_start = time.perf_counter(), 0.0
+            before = reset_peak_memory()
+            train()
+            end = time.perf_counter()
+            critic_start = self._critic_start or end
+            self.seconds["policy"] += critic_start - start
+            self.seconds["critic"] += end - critic_start
+            if not self._critic_start:
+                self._note_memory()
+            self.peak_mib = max(self.peak_mib, self._peak - before)
+
+        return timed
+
+    def _mark_the_critic(self) -> None:
+        """Note where the critic begins: ours makes one, contrib's asks the buffer for its first minibatch."""
+        model = self._model
+        if hasattr(model, "_make_critic"):
+            owner, name, begins = model, "_make_critic", lambda *args: True
+        elif hasattr(model, "n_critic_updates"):
+            owner, name, begins = model.rollout_buffer, "get", lambda *args: args == (model.batch_size,)
+        else:
+            return
+        method = getattr(type(owner), name).__get__(owner)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if begins(*args) and not self._critic_start:
+                self._note_memory()
+                self._critic_start = time.perf_counter()
+            return method(*args, **kwargs)
+
+        setattr(owner, name, marked)
+
+    def _note_memory(self) -> None:
+        self._peak = memory_mib("VmHWM")
+
+
+def memory_mib(key: str) -> float:
+    """A line of /proc/self/status, in MiB; NaN where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def reset_peak_memory() -> float:
+    """Forget the peak of the process; returns what it holds now, in MiB."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return memory_mib("VmRSS")
+
+
+def measure(case: Case, arm: str, device: str) -> dict[str, float]:
+    """One measurement, in this process: seconds an iteration, steps a second of the bare environment, peak memory."""
+    import sb3_contrib
+    import stable_baselines3
+    import torch
+
+    import sb3_trpo_ext
+
+    torch.set_num_threads(1)
+    peer = sb3_contrib.TRPO if case.algorithm == "TRPO" else stable_baselines3.PPO
+    algorithm = getattr(sb3_trpo_ext, case.algorithm) if arm == "ours" else peer
+    env = make_env(case)
+    policy = "CnnPolicy" if case.env == "random images" else "MlpPolicy"
+    model = algorithm(policy, env, seed=0, device=device, **case.settings)
+    steps = model.n_steps * case.n_envs
+    if case.iterations > 1:
+        model.learn(steps)
+    clock = PhaseClock(model)
+    start = time.perf_counter()
+    model.learn(case.iterations * steps, reset_num_timesteps=False)
+    clock.seconds["iteration"] = time.perf_counter() - start
+    result = {phase: seconds / case.iterations for phase, seconds in clock.seconds.items()}
+
+    env.reset()
+    actions = [np.array([env.action_space.sample() for _ in range(case.n_envs)]) for _ in range(model.n_steps)]
+    start = time.perf_counter()
+    for action in actions:
+        env.step(action)
+    bare = time.perf_counter() - start
+    return result | {"environment_bound": bare / result["iteration"], "policy_mib": clock.peak_mib}
+
+
+def run_all(cases: list[Case], repetitions: int, device: str) -> None:
+    """Measure both arms of every case in turn, and keep the file current."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
+    results["versions"] = {
+        name: version(name) for name in ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch", "numpy")
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        pairs = []
+        for repetition in range(repetitions):
+            pair = {}
+            for arm in ("ours", "peer") if repetition % 2 == 0 else ("peer", "ours"):
+                command = [sys.executable, __file__, "--measure", case.name, arm, "--device", device]
+                finished = subprocess.run(
+                    command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+                )
+                pair[arm] = json.loads(finished.stdout.splitlines()[-1])
+            pairs.append(pair)
+            print(f"{case.name}: {repetition + 1} of {repetitions}", file=sys.stderr, flush=True)
+        results["cases"][key_of(case, device)] = pairs
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+        partial.replace(RESULTS)
+
+
+def key_of(case: Case, device: str) -> str:
+    """How the results file calls a case."""
+    return case.name if device == "cpu" else f"{case.name}, {device}"
+
+
+def spread(values: list[float]) -> str:
+    """The median with the smallest and the largest; empty if there is nothing to compare."""
+    if not np.isfinite(values).all():
+        return ""
+    return f"**{np.median(values):.2f}** ({min(values):.2f} to {max(values):.2f})"
+
+
+def report() -> None:
+    """Print the Markdown table of what was measured."""
+    results = json.loads(RESULTS.read_text())
+    print("| case | whole iteration | rollout | policy step | critic | environment bound | policy memory, ours/peer |")
+    print("|---" * 7 + "|")
+    for name, pairs in results["cases"].items():
+        cells = [
+            spread([pair["peer"][phase] / pair["ours"][phase] if pair["ours"][phase] else np.nan for pair in pairs])
+            for phase in PHASES
+        ]
+        cells.append(spread([pair["ours"]["environment_bound"] for pair in pairs]))
+        memory = [pair["ours"]["policy_mib"] / max(pair["peer"]["policy_mib"], 1e-9) for pair in pairs]
+        big = np.median([pair["peer"]["policy_mib"] for pair in pairs]) > 100
+        print(f"| {name} | " + " | ".join([*cells, spread(memory) if big else ""]) + " |")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases", nargs="*", default=[""], metavar="WORD", help="only cases whose name has one of these"
+    )
+    parser.add_argument("--repetitions", type=int, default=5, help="measurements of each arm")
+    parser.add_argument("--device", default="cpu", help="device of the models")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    parser.add_argument("--measure", nargs=2, metavar=("CASE", "ARM"), help="one measurement (used internally)")
+    args = parser.parse_args()
+    if args.measure:
+        case = next(case for case in CASES if case.name == args.measure[0])
+        print(json.dumps(measure(case, args.measure[1], args.device)))
+        return
+    if not args.report:
+        chosen = [case for case in CASES if any(word in case.name for word in args.cases)]
+        run_all(chosen, args.repetitions, args.device)
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,12 +18,17 @@ from sb3_trpo_ext.core.objectives import clipped_surrogate
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, minibatches, whole_rollout
 from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
+from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
+from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 
 SelfPPOClip = TypeVar("SelfPPOClip", bound="PPOClip")
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
+
+STATISTICS = ("approx_kl", "clip_fraction", "policy_gradient_loss", "value_loss", "entropy_loss", "loss")
+"""What is logged of a minibatch; the first is the sampled KL estimate, the mean of (r - 1) - log r."""
 
 Statistics = dict[str, list[float]]
 
@@ -211,22 +216,26 @@ class PPOClip(TrustRegionAlgorithm):
         """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
-        for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
-            loss, approx_kl = self._loss(part, statistics)
-            if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
-                if self.verbose >= 1:
-                    print(f"PPOClip: epoch {epoch} ended by target_kl, sampled KL {approx_kl:.3g}.")
-                return False
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-            if not bool(norm.isfinite()):
-                raise UpdateRejectedError("the gradient of the loss is not finite")
-            self.policy.optimizer.step()
-        return True
+        params = trainable(self.policy)
+        records: list[Tensor] = []
+        within_target = True
+        with FlatOptimizer(self.policy.optimizer) as optimizer:
+            for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+                loss, record = self._loss(part)
+                records.append(record)
+                if self.target_kl is not None and float(record[0]) > 1.5 * self.target_kl:
+                    if self.verbose >= 1:
+                        print(f"PPOClip: epoch {epoch} ended by target_kl, sampled KL {float(record[0]):.3g}.")
+                    within_target = False
+                    break
+                if not optimizer.step(gradient([loss], params), self.max_grad_norm):
+                    raise UpdateRejectedError("the gradient of the loss is not finite")
+        for key, column in zip(STATISTICS, torch.stack(records).T.tolist(), strict=True):
+            statistics[key].extend(column)
+        return within_target
 
-    def _loss(self, batch: Batch, statistics: Statistics) -> tuple[Tensor, float]:
-        """The loss on a minibatch, with its graph, and the sampled KL estimate (r - 1) - log r."""
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss on a minibatch, with its graph, and its `STATISTICS`."""
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         values, log_prob, entropy = self.policy.evaluate_actions(batch.inputs, batch.actions)
 
@@ -240,15 +249,11 @@ class PPOClip(TrustRegionAlgorithm):
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
 
-        approx_kl = torch.mean((ratio.detach() - 1) - log_ratio.detach()).item()
-        clipped = torch.abs(ratio.detach() - 1) > clip_range
-        statistics["clip_fraction"].append(torch.mean(clipped.float()).item())
-        statistics["approx_kl"].append(approx_kl)
-        statistics["policy_gradient_loss"].append(policy_loss.item())
-        statistics["value_loss"].append(value_loss.item())
-        statistics["entropy_loss"].append(entropy_loss.item())
-        statistics["loss"].append(loss.item())
-        return loss, approx_kl
+        excess = ratio.detach() - 1
+        approx_kl = (excess - log_ratio.detach()).mean()
+        clip_fraction = (excess.abs() > clip_range).float().mean()
+        losses = (part.detach() for part in (policy_loss, value_loss, entropy_loss, loss))
+        return loss, torch.stack([approx_kl, clip_fraction, *losses])
 
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:

@@ -169,7 +169,7 @@ class TRPO(TrustRegionAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        critic: str = "adam",
+        critic: str = "gauss_newton",
         critic_kwargs: dict[str, Any] | None = None,
         kl_per_action_dim: bool = True,
         ent_coef: float = 0.0,

@@ -21,7 +21,8 @@ from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.batch import VIEWED_BUFFERS, Batch, minibatches
 from sb3_trpo_ext.sb3.checks import check_integer, check_number
-from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval, fused
+from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval
+from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 
 
@@ -69,7 +70,7 @@ class GaussNewtonCritic(Critic):
         *,
         damping: float = 0.01,
         cg_steps: int = 10,
-        n_steps: int = 3,
+        n_steps: int = 1,
         max_backtracks: int = 20,
         curvature_samples: int | None = None,
         chunk_size: int | None = None,
@@ -193,14 +194,15 @@ class ValueProblem:
 
     def evaluate(self) -> ValueTrial:
         """The loss with the parameters as they are now; in a single chunk, V's graph is kept for what follows."""
-        with torch.set_grad_enabled(len(self._chunks) == 1):
-            losses = [self._loss(chunk, self._remember(chunk)) for chunk in self._chunks]
-        return ValueTrial(-float(torch.stack(losses).detach().sum()))
-
-    def _remember(self, chunk: Batch) -> Tensor:
-        values = self._values(chunk)
+        if len(self._chunks) > 1:
+            return ValueTrial(-self._loss_of_chunks())
+        values = self._values(self._chunks[0])
         self._graph = values if values.requires_grad else None
-        return values
+        return ValueTrial(-float(self._loss(self._chunks[0], values.detach())))
+
+    @torch.no_grad()
+    def _loss_of_chunks(self) -> float:
+        return float(torch.stack([self._loss(chunk, self._values(chunk)) for chunk in self._chunks]).sum())
 
     def forget(self) -> None:
         """Drop the graph: the parameters were put back without an evaluation."""
@@ -232,7 +234,7 @@ def _weighting(batch: Batch) -> Metric:
 class AdamCritic(Critic):
     """Minibatch regression with the policy's optimiser, as in sb3-contrib.
 
-    Torch's Adam runs as one fused kernel where torch has one.
+    Torch's Adam runs on one flat vector, as one fused kernel where torch has one.
 
     Args:
         buffer: The full rollout buffer.
@@ -262,14 +264,10 @@ class AdamCritic(Critic):
         viewed = type(self._buffer) in VIEWED_BUFFERS
         values = ValueFunction(policy, batch, frozen, self._chunk_size, keep_features=viewed)
         losses = []
-        with fused(policy.optimizer):
+        with FlatOptimizer(policy.optimizer, fused=True) as optimizer:
             for _ in range(self._n_updates):
                 for part in minibatches(self._buffer, values.batch, self._batch_size, self._action_space):
                     loss = F.mse_loss(part.returns, values(part))
-                    policy.optimizer.zero_grad()
-                    for param, grad in gradient([loss], values.params).items():
-                        param.grad = grad
-                    policy.optimizer.step()
+                    optimizer.step(gradient([loss], values.params))
                     losses.append(loss.detach())
-        policy.optimizer.zero_grad()
         return float(torch.stack(losses).mean())

@@ -1,10 +1,8 @@
-"""What the device asks of an update: a budget of memory, few waits, fused kernels."""
+"""What the device asks of an update: a budget of memory, and few waits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,41 +55,3 @@ def _saved_bytes(forward: Callable[[Batch], Tensor], batch: Batch) -> int:
 def check_interval(tensor: Tensor) -> int:
     """Products between two questions whether conjugate gradients have stopped: to ask an accelerator is to wait."""
     return 1 if tensor.device.type == "cpu" else 1_000_000
-
-
-@contextmanager
-def fused(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Run torch's Adam as one kernel within the block, where torch has one for every parameter.
-
-    The kernel rounds differently from the plain one in the last bit.
-    """
-    groups = optimizer.param_groups if _can_fuse(optimizer) else []
-    try:
-        for group in groups:
-            group["fused"] = True
-        yield
-    finally:
-        for group in groups:
-            group["fused"] = None
-
-
-def _can_fuse(optimizer: torch.optim.Optimizer) -> bool:
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return False
-    for group in optimizer.param_groups:
-        if any(group.get(flag) for flag in ("fused", "foreach", "capturable", "differentiable")):
-            return False
-        for param in group["params"]:
-            step = optimizer.state.get(param, {}).get("step", param)
-            if not param.is_floating_point() or step.device != param.device or not _has_fused_adam(param.device.type):
-                return False
-    return True
-
-
-@cache
-def _has_fused_adam(device: str) -> bool:
-    try:
-        torch.optim.Adam([torch.zeros(1, device=device)], fused=True)
-    except RuntimeError:
-        return False
-    return True

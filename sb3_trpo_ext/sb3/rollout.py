@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.sb3.snapshot import Array, NotCoveredError, PolicySnapshot
@@ -74,15 +74,17 @@ class FastRollout:
             "rollout_buffer": buffer,
             "n_rollout_steps": self._n_steps,
         }
+        watched = not is_idle(callback)
         for step in range(self._n_steps):
-            names["n_steps"] = step
-            self._step(step, noise[step], names)
-            callback.update_locals(names)
+            self._step(noise[step], names)
+            if watched:
+                names["n_steps"], names["obs_tensor"] = step, torch.from_numpy(model._last_obs)
+                callback.update_locals(names)
             if not callback.on_step():
                 self._value_steps(step)
                 return False
             self._store(step, names)
-            if not self._snapshot.is_current():
+            if watched and not self._snapshot.is_current():
                 self._value_steps(step + 1)
                 self._snapshot = PolicySnapshot(model.policy)
 
@@ -93,11 +95,10 @@ class FastRollout:
         callback.on_rollout_end()
         return True
 
-    def _step(self, step: int, noise: Array, names: dict[str, Any]) -> None:
+    def _step(self, noise: Array, names: dict[str, Any]) -> None:
         """Act once in all environments."""
         model, space = self._model, self._model.action_space
-        observations = model._last_obs
-        actions = self._snapshot.act(observations, noise)
+        actions = self._snapshot.act(model._last_obs, noise)
         clipped = actions
         if isinstance(space, spaces.Box):
             flat = actions.reshape(-1)
@@ -109,7 +110,6 @@ class FastRollout:
         new_obs, rewards, dones, infos = self._env.step(clipped)
         model.num_timesteps += self._env.num_envs
         names.update(
-            obs_tensor=torch.from_numpy(observations),
             actions=actions,
             clipped_actions=clipped,
             new_obs=new_obs,
@@ -147,6 +147,11 @@ class FastRollout:
             terminal = self._snapshot.values(np.stack(timeouts.observations))
             buffer.rewards[timeouts.steps, timeouts.envs] += self._model.gamma * terminal
         self._valued = end
+
+
+def is_idle(callback: BaseCallback) -> bool:
+    """Whether it is what SB3 makes of no callback: it looks at nothing and changes nothing."""
+    return type(callback) is ConvertCallback and callback.callback is None
 
 
 def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:

@@ -41,6 +41,9 @@ from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, Poli
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
+ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
+"""Defaults of the Adam critic's arguments, here and in sb3-contrib."""
+
 PPO_ARGUMENTS = {
     "clip_range": "TRPO bounds the KL divergence itself: use `target_kl`, or the class PPOClip",
     "clip_range_vf": "TRPO does not clip the value function: use the class PPOClip",
@@ -114,8 +117,10 @@ class TRPO(TrustRegionAlgorithm):
         verbose: 0 silent, 1 info, 2 debug.
         seed: Seed of all random generators.
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
-        critic: ``"adam"``, minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``,
-            ``n_critic_updates``), or ``"gauss_newton"``, Hessian-free, without a learning rate (`GaussNewtonCritic`).
+        critic: ``"gauss_newton"``, Hessian-free, without a learning rate (`GaussNewtonCritic`), or ``"adam"``,
+            minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
+            ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
+            for sb3-contrib keeps its meaning.
         critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_steps``,
             ``max_backtracks``.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
@@ -169,13 +174,13 @@ class TRPO(TrustRegionAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        critic: str = "gauss_newton",
+        critic: str = "auto",
         critic_kwargs: dict[str, Any] | None = None,
         kl_per_action_dim: bool = True,
         ent_coef: float = 0.0,
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
-        cg_residual_tol: float = 1e-5,
+        cg_residual_tol: float = 0.03,
         line_search_accept_ratio: float = 0.0,
         fast_rollouts: bool = True,
         **unexpected: NoReturn,
@@ -238,9 +243,13 @@ class TRPO(TrustRegionAlgorithm):
         for name in ("cg_damping", "cg_residual_tol"):
             check_number(name, getattr(self, name))
         if self.curvature_samples is not None:
-            check_integer("curvature_samples", self.curvature_samples)
+            check_integer("curvature_samples", self.curvature_samples, hint="Pass None for all samples.")
         if self.fisher_chunk_size not in ("auto", None):
-            check_integer("fisher_chunk_size", self.fisher_chunk_size)
+            check_integer(
+                "fisher_chunk_size",
+                self.fisher_chunk_size,
+                hint="Pass 'auto' to keep within the memory budget, or None for no chunks.",
+            )
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
         check_finite("ent_coef", self.ent_coef)
@@ -251,19 +260,21 @@ class TRPO(TrustRegionAlgorithm):
                     f"`sub_sampling_factor` must not exceed the {self.n_steps * self.n_envs} samples of a rollout, got "
                     f"{self.sub_sampling_factor}."
                 )
-            if self.critic == "adam":
+            if self._critic_kind() == "adam":
                 check_minibatches(self.n_steps, self.n_envs, self.batch_size)
 
     def _make_critic(self, chunk_size: int | None = None) -> Critic:
-        if self.critic == "gauss_newton":
+        kind = self._critic_kind()
+        if kind == "gauss_newton":
             return GaussNewtonCritic(
                 **{"curvature_samples": self.curvature_samples, **self.critic_kwargs}, chunk_size=chunk_size
             )
-        if self.critic == "adam":
+        if kind == "adam":
             if self.critic_kwargs:
                 raise ValueError(
-                    f"`critic_kwargs` belongs to critic='gauss_newton', got {self.critic_kwargs} with critic='adam'. "
-                    "Use `learning_rate`, `batch_size` and `n_critic_updates`."
+                    f"`critic_kwargs` belongs to critic='gauss_newton', got {self.critic_kwargs} with "
+                    f"critic={self.critic!r}. Use `learning_rate`, `batch_size` and `n_critic_updates`, or pass "
+                    "critic='gauss_newton'."
                 )
             return AdamCritic(
                 self.rollout_buffer,
@@ -272,7 +283,14 @@ class TRPO(TrustRegionAlgorithm):
                 n_updates=self.n_critic_updates,
                 chunk_size=chunk_size,
             )
-        raise ValueError(f"`critic` must be 'gauss_newton' or 'adam', got {self.critic!r}.")
+        raise ValueError(f"`critic` must be 'auto', 'gauss_newton' or 'adam', got {self.critic!r}.")
+
+    def _critic_kind(self) -> str:
+        """What ``critic="auto"`` stands for here, or ``critic`` itself."""
+        if self.critic != "auto":
+            return self.critic
+        tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
+        return "adam" if tuned else "gauss_newton"
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the mean joint KL divergence, in nats."""

@@ -10,6 +10,8 @@ from envs import OBSERVATION_SPACES, make
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext.sb3.critic import AdamCritic, GaussNewtonCritic
+from sb3_trpo_ext.trpo import ADAM_DEFAULTS
 
 PAIRS = [(TRPO, sb3_contrib.TRPO), (PPOClip, stable_baselines3.PPO)]
 OUR_LOG_KEYS = {
@@ -109,3 +111,31 @@ def test_schedules_are_followed_at_every_update(radius: Any) -> None:
     model.train = observed
     model.learn(128)
     np.testing.assert_allclose(rows, [(0.08 - 0.04 * p, 0.001 * p, 0.001 * p) for p in (0.75, 0.5, 0.25, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, GaussNewtonCritic),
+        ({"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}, GaussNewtonCritic),
+        ({"learning_rate": 3e-4}, AdamCritic),
+        ({"learning_rate": lambda progress: 1e-3 * progress}, AdamCritic),
+        ({"batch_size": 64}, AdamCritic),
+        ({"n_critic_updates": 20}, AdamCritic),
+        ({"n_critic_updates": 20, "critic": "gauss_newton"}, GaussNewtonCritic),
+        ({"critic": "adam"}, AdamCritic),
+    ],
+    ids=str,
+)
+def test_what_was_tuned_for_contribs_critic_keeps_its_meaning(
+    options: dict[str, Any], kind: type, tmp_path: Any
+) -> None:
+    model = make(TRPO, **options)
+    assert type(model._make_critic()) is kind
+    model.save(tmp_path / "model")
+    assert type(TRPO.load(tmp_path / "model", device="cpu")._make_critic()) is kind
+
+
+def test_the_adam_critics_defaults_are_contribs() -> None:
+    signature = inspect.signature(sb3_contrib.TRPO).parameters
+    assert {name: signature[name].default for name in ADAM_DEFAULTS} == ADAM_DEFAULTS

@@ -31,4 +31,4 @@ def test_the_readme_example_names_what_exists() -> None:
 
 
 def test_the_critic_comparison_reports() -> None:
-    assert "gauss_newton" in run(str(EXAMPLES / "benchmarks" / "critics.py"), "--report")
+    assert "| default |" in run(str(EXAMPLES / "benchmarks" / "critics.py"), "--report")

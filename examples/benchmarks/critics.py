@@ -1,4 +1,4 @@
-"""Compare TRPO's critics with each other and with sb3_contrib.TRPO at equal settings.
+"""Compare what TRPO learns with either critic and either way of collecting, and what sb3_contrib.TRPO learns.
 
     python examples/benchmarks/critics.py                # run what is missing, two jobs at a time, then report
     python examples/benchmarks/critics.py --report       # report what is there
@@ -22,9 +22,9 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results" / "critics"
 TIMESTEPS = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000, "Hopper-v5": 150_000, "HalfCheetah-v5": 150_000}
 ARMS: dict[str, dict[str, Any]] = {
-    "gauss_newton": {"critic": "gauss_newton", "fast_rollouts": False},
-    "adam": {"critic": "adam", "fast_rollouts": False},
-    "adam_fast_rollouts": {"critic": "adam"},  # all defaults
+    "default": {},  # Gauss-Newton critic, fast rollouts
+    "adam": {"critic": "adam"},
+    "sb3_rollouts": {"fast_rollouts": False},
     "sb3_contrib": {},
 }
 SEEDS = range(10)

@@ -1,8 +1,8 @@
 """Time training against sb3_contrib.TRPO and SB3's PPO: same environments, default settings of both, one thread.
 
-    python examples/benchmarks/speed.py                      # all cases, then the table (about an hour)
+    python examples/benchmarks/speed.py                      # all cases, then the table and the plot (about an hour)
     python examples/benchmarks/speed.py --cases Hopper-v5    # those whose name contains a word
-    python examples/benchmarks/speed.py --report             # the table of what was measured
+    python examples/benchmarks/speed.py --report             # the table and the plot of what was measured
 
 Every measurement is a fresh process: build, one iteration to warm up, then the timed iterations of ``learn``. Ours and
 the peer's alternate, so that a slow spell of the machine meets both. The table shows the median of the paired ratios
@@ -12,6 +12,8 @@ Phases: *rollout* is ``collect_rollouts``; *policy* is ``train`` up to the criti
 of ``train`` is *policy*); *iteration* is the whole of ``learn``. *Environment bound* is ours: training steps a second
 over the steps a second of the same vectorised environment stepped with actions drawn beforehand. *Memory* is the peak
 of the process during the policy phase above what it held before.
+
+The plot shows the policy phase, of time and of memory, against the batch and against the width of both hidden layers.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -37,12 +40,13 @@ class Case:
     """What to time.
 
     Attributes:
-        env: Gymnasium id, or "random images".
+        env: Gymnasium id, "random images" or "random vectors".
         n_envs: Environments.
         algorithm: Ours; the peer is the one of SB3 or sb3-contrib.
         normalize: Wrap in VecNormalize.
         iterations: Timed iterations of a measurement.
         settings: Arguments beyond the defaults, of both.
+        label: How it is called; empty for a name made of the rest.
     """
 
     env: str
@@ -51,10 +55,13 @@ class Case:
     normalize: bool = False
     iterations: int = 5
     settings: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """How the table calls it."""
+        """How table and file call it."""
+        if self.label:
+            return self.label
         parts = [self.env, f"{self.n_envs} env" + "s" * (self.n_envs > 1)]
         if self.normalize:
             parts.append("VecNormalize")
@@ -77,29 +84,55 @@ CASES = [
 ]
 
 
+def scaling_case(batch: int, width: int) -> Case:
+    """One point of the plot; the critic, which is not in it, is cut short."""
+    settings = {"n_steps": batch // 8, "n_critic_updates": 1, "policy_kwargs": {"net_arch": [width, width]}}
+    return Case("random vectors", 8, iterations=2, settings=settings, label=f"batch {batch}, width {width}")
+
+
+BATCHES = (1024, 4096, 16384, 65536)
+WIDTHS = (64, 128, 256, 512, 1024)
+SCALING = {
+    "samples in the batch (width 64)": {batch: scaling_case(batch, 64) for batch in BATCHES},
+    "width of both hidden layers (2048 samples)": {width: scaling_case(2048, width) for width in WIDTHS},
+}
+
+
+EVERY = CASES + [case for points in SCALING.values() for case in points.values()]
+
+
+class RandomEnv(gym.Env[Any, Any]):
+    """Noise to observe, drawn beforehand, and episodes of 256 steps: an environment that costs next to nothing."""
+
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space[Any]) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+        observation_space.seed(0)
+        self._observations = [observation_space.sample() for _ in range(16)]
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        return self._observations[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step."""
+        self._steps += 1
+        return self._observations[self._steps % 16], float(np.sum(action)), self._steps % 256 == 0, False, {}
+
+
+RANDOM_SPACES: dict[str, tuple[gym.spaces.Box, gym.Space[Any]]] = {
+    "random images": (gym.spaces.Box(0, 255, (84, 84, 4), np.uint8), gym.spaces.Discrete(6)),
+    "random vectors": (gym.spaces.Box(-1, 1, (11,)), gym.spaces.Box(-1, 1, (3,))),
+}
+
+
 def make_env(case: Case) -> Any:
     """The vectorised environment of a case."""
-    import gymnasium as gym
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    class RandomImages(gym.Env[Any, Any]):
-        """84 x 84 x 4 bytes of noise and six actions: an Atari game without the game."""
-
-        observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
-        action_space = gym.spaces.Discrete(6)
-
-        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-            super().reset(seed=seed)
-            self._steps = 0
-            self._images = self.np_random.integers(0, 256, (16, 84, 84, 4), dtype=np.uint8)
-            return self._images[0], {}
-
-        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-            self._steps += 1
-            return self._images[self._steps % 16], float(action == 0), self._steps % 256 == 0, False, {}
-
-    env = make_vec_env(RandomImages if case.env == "random images" else case.env, n_envs=case.n_envs, seed=0)
+    spaces = RANDOM_SPACES.get(case.env)
+    env = make_vec_env(case.env if spaces is None else lambda: RandomEnv(*spaces), n_envs=case.n_envs, seed=0)
     return VecNormalize(env) if case.normalize else env
 
 
@@ -195,9 +228,10 @@ def measure(case: Case, arm: str, device: str) -> dict[str, float]:
     policy = "CnnPolicy" if case.env == "random images" else "MlpPolicy"
     model = algorithm(policy, env, seed=0, device=device, **case.settings)
     steps = model.n_steps * case.n_envs
+    clock = PhaseClock(model)
     if case.iterations > 1:
         model.learn(steps)
-    clock = PhaseClock(model)
+        clock.seconds = dict.fromkeys(PHASES, 0.0)
     start = time.perf_counter()
     model.learn(case.iterations * steps, reset_num_timesteps=False)
     clock.seconds["iteration"] = time.perf_counter() - start
@@ -252,9 +286,12 @@ def spread(values: list[float]) -> str:
 def report() -> None:
     """Print the Markdown table of what was measured."""
     results = json.loads(RESULTS.read_text())
+    rows = [case.name for case in CASES]
     print("| case | whole iteration | rollout | policy step | critic | environment bound | policy memory, ours/peer |")
     print("|---" * 7 + "|")
     for name, pairs in results["cases"].items():
+        if not name.startswith(tuple(rows)):
+            continue
         cells = [
             spread([pair["peer"][phase] / pair["ours"][phase] if pair["ours"][phase] else np.nan for pair in pairs])
             for phase in PHASES
@@ -263,6 +300,34 @@ def report() -> None:
         memory = [pair["ours"]["policy_mib"] / max(pair["peer"]["policy_mib"], 1e-9) for pair in pairs]
         big = np.median([pair["peer"]["policy_mib"] for pair in pairs]) > 100
         print(f"| {name} | " + " | ".join([*cells, spread(memory) if big else ""]) + " |")
+
+
+def plot() -> None:
+    """Draw time and memory of the policy phase against batch and width, as far as they were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = json.loads(RESULTS.read_text())["cases"]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", layout="constrained")
+    panels = {"policy": (1000, "policy step, ms"), "policy_mib": (1, "its peak memory, MiB")}
+    for column, (title, points) in enumerate(SCALING.items()):
+        sizes = [size for size, case in points.items() if case.name in measured]
+        for row, (key, (factor, name)) in enumerate(panels.items()):
+            panel = axes[row, column]
+            for arm, label, colour in (("ours", "sb3_trpo_ext.TRPO", "C0"), ("peer", "sb3_contrib.TRPO", "C1")):
+                values = [[factor * pair[arm][key] for pair in measured[points[size].name]] for size in sizes]
+                panel.plot(sizes, [np.median(each) for each in values], "o-", color=colour, label=label)
+                panel.fill_between(sizes, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
+            panel.set(xscale="log", yscale="log", xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            if column == 0:
+                panel.set_ylabel(name)
+        axes[1, column].set_xlabel(title)
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(RESULTS.parent / "speed_scaling.png", dpi=120)
 
 
 def main() -> None:
@@ -277,13 +342,15 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "ARM"), help="one measurement (used internally)")
     args = parser.parse_args()
     if args.measure:
-        case = next(case for case in CASES if case.name == args.measure[0])
+        case = next(case for case in EVERY if case.name == args.measure[0])
         print(json.dumps(measure(case, args.measure[1], args.device)))
         return
     if not args.report:
-        chosen = [case for case in CASES if any(word in case.name for word in args.cases)]
-        run_all(chosen, args.repetitions, args.device)
+        run_all(
+            [case for case in EVERY if any(word in case.name for word in args.cases)], args.repetitions, args.device
+        )
     report()
+    plot()
 
 
 if __name__ == "__main__":

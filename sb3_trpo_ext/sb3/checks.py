@@ -11,10 +11,10 @@ import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 
 
-def check_integer(name: str, value: Any, least: int = 1) -> None:
+def check_integer(name: str, value: Any, least: int = 1, *, hint: str = "") -> None:
     """Raise `ValueError` unless ``value`` is an integer >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}. {hint}".rstrip())
 
 
 def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "") -> float:

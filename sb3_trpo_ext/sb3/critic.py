@@ -68,8 +68,8 @@ class GaussNewtonCritic(Critic):
     def __init__(
         self,
         *,
-        damping: float = 0.01,
-        cg_steps: int = 10,
+        damping: float = 0.1,
+        cg_steps: int = 8,
         n_steps: int = 1,
         max_backtracks: int = 20,
         curvature_samples: int | None = None,

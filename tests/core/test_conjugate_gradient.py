@@ -52,6 +52,20 @@ def test_each_step_lowers_the_error_in_the_energy_norm(seed: int, size: int) -> 
     assert all(later <= earlier * (1 + 1e-9) + 1e-12 for earlier, later in pairwise(errors))
 
 
+@given(**SYSTEMS, shift=st.sampled_from([0.0, -2.0]), tol=st.sampled_from([0.0, 1e-3, 0.1, 0.9]))
+def test_to_look_seldom_whether_it_has_stopped_changes_nothing(seed: int, size: int, shift: float, tol: float) -> None:
+    matrix, b = system(seed, size)
+    matrix = matrix + shift * torch.eye(size, dtype=torch.float64)
+    often, seldom, never = (
+        conjugate_gradient(matrix.mv, b, max_steps=2 * size, residual_tol=tol, check_every=interval)
+        for interval in (1, 3, 1000)
+    )
+    for other in (seldom, never):
+        assert torch.equal(often.solution, other.solution)
+        assert (often.steps, often.stop) == (other.steps, other.stop)
+        assert (often.residual, often.curvature) == (other.residual, other.curvature)
+
+
 def test_a_zero_right_hand_side_has_the_solution_zero() -> None:
     result = conjugate_gradient(lambda v: v, torch.zeros(3))
     assert result.stop == "zero right-hand side"

@@ -1,14 +1,20 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from envs import in_float64, make
+from envs import SMALL, RandomEnv, in_float64, make, with_rollout
 from hypothesis import given
 from hypothesis import strategies as st
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.batch import Batch, whole_rollout
 from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, ValueFunction, ValueProblem
+from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 
 def regression(size: int = 40, scale: float = 1.0) -> Batch:
@@ -69,3 +75,91 @@ def test_returns_that_are_not_finite_move_nothing() -> None:
 def test_impossible_arguments_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         make(TRPO, critic="gauss_newton", critic_kwargs=arguments)
+
+
+class CountedExtractor(BaseFeaturesExtractor):
+    """A trainable extractor that counts the samples it has seen."""
+
+    seen = 0
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 6)
+        self.net = nn.Linear(5, 6)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        type(self).seen += len(observations)
+        return torch.tanh(self.net(observations))
+
+
+class DoublingPolicy(ActorCriticPolicy):
+    """A policy with a value function of its own."""
+
+    def predict_values(self, obs: Any) -> Tensor:
+        return 2 * super().predict_values(obs)
+
+
+def samples_seen(critic: str, shared: bool, **options: Any) -> int:
+    """Samples that the extractor runs on in a fit of the critic to 32 samples, and the fit lowers the error."""
+    model = make(
+        TRPO,
+        critic=critic,
+        batch_size=8,
+        learning_rate=3e-3,
+        policy_kwargs={"features_extractor_class": CountedExtractor, "share_features_extractor": shared},
+        **options,
+    )
+    with_rollout(model)
+    batch = whole_rollout(model.rollout_buffer, model.action_space)
+    policy = model.policy
+    actor = frozenset(PolicyProblem(policy, batch).gradients())
+    before = [param.detach().clone() for param in policy.parameters()]
+    CountedExtractor.seen = 0
+    model._make_critic().fit(policy, batch, actor)
+    seen = CountedExtractor.seen
+    for param, start in zip(policy.parameters(), before, strict=True):
+        assert torch.equal(param, start) == (param in actor)
+    return seen
+
+
+@pytest.mark.parametrize("critic", ["gauss_newton", "adam"])
+def test_features_are_computed_once_where_the_extractor_is_the_actors(critic: str) -> None:
+    assert samples_seen(critic, shared=True) == 32
+    assert samples_seen(critic, shared=False) >= 2 * 32
+
+
+def test_a_buffer_of_the_users_is_asked_for_its_minibatches() -> None:
+    class Buffer(RolloutBuffer):
+        """Counts its minibatches."""
+
+        minibatches = 0
+
+        def _get_samples(self, *args: Any) -> Any:
+            type(self).minibatches += 1
+            return super()._get_samples(*args)
+
+    samples_seen("adam", shared=True, rollout_buffer_class=Buffer)
+    assert Buffer.minibatches == 1 + 10 * 4
+
+
+@pytest.mark.parametrize("critic", ["gauss_newton", "adam"])
+def test_a_value_function_of_the_policys_own_is_fitted(critic: str) -> None:
+    model = TRPO(DoublingPolicy, RandomEnv(), critic=critic, batch_size=8, **SMALL)
+    with_rollout(model)
+    batch = whole_rollout(model.rollout_buffer, model.action_space)
+    error = model._make_critic().fit(model.policy, batch, frozenset(model.policy.action_net.parameters()))
+    if critic == "gauss_newton":
+        values = model.policy.predict_values(batch.inputs).flatten()
+        assert error == pytest.approx(float((values - batch.returns).square().mean()), rel=1e-4)
+
+
+def test_curvature_from_a_subset_is_that_of_the_subset() -> None:
+    model, batch = in_float64(make(TRPO)), regression(60)
+    values = ValueFunction(model.policy, batch, frozenset(), None)
+    np.random.seed(2)
+    problem = ValueProblem(values, curvature_samples=20)
+    problem.evaluate()
+    params = list(problem.descent_direction())
+    np.random.seed(2)
+    whole = ValueProblem(ValueFunction(model.policy, values.batch.subset(20), frozenset(), None))
+    vector = torch.randn(sum(param.numel() for param in params), dtype=torch.float64)
+    torch.testing.assert_close(problem.curvature(params, 0.1)(vector), whole.curvature(params, 0.1)(vector))

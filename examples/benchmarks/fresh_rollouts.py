@@ -1,13 +1,19 @@
-"""What a policy step is worth on fresh rollouts, by how exactly its direction was solved for.
+"""What a policy step and a critic fit are worth on fresh rollouts, by how exactly they were solved for.
 
-    python examples/benchmarks/surrogate_gain.py        # a quarter of an hour; prints a table for each environment
+    python examples/benchmarks/fresh_rollouts.py            # half an hour, then the tables
+    python examples/benchmarks/fresh_rollouts.py --report   # the tables of what was measured
 
-A policy is trained to several ages and held still there. From each of many rollouts of it a step is computed under
-every solver setting (conjugate-gradient steps, relative residual to stop at, samples in the Fisher matrix) and scaled
-so that all steps have the same mean KL divergence on fresh rollouts of the same policy. The gain in the surrogate is
-then measured on the rollout that the step came from ("in-sample") and on the fresh ones, with standardised advantages.
-Gains are given relative to the fresh gain of the reference, 15 steps on all samples, over all ages, with the 95 %
-Student-t interval of the paired difference.
+A model is trained to several ages and held still there. Many rollouts are collected from it, and more fresh ones.
+
+Policy: from each rollout a step is computed under every solver setting (conjugate-gradient steps, relative residual to
+stop at, samples in the Fisher matrix) and scaled so that all steps have the same mean KL divergence on the fresh
+rollouts. The gain in the surrogate is measured on the rollout that the step came from ("in-sample") and on the fresh
+ones, with standardised advantages. Reference: 15 steps on all samples.
+
+Critic: on each rollout the Gauss-Newton critic is fitted under every setting. The squared error that is left is
+measured on that rollout and on the fresh ones, relative to the error before the fit. Reference: all samples.
+
+Both are paired with their reference, over all ages, with the 95 % Student-t interval of the difference.
 """
 
 import argparse
@@ -27,9 +33,10 @@ from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, whole_rollout
+from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
-RESULTS = Path(__file__).parent / "results" / "surrogate_gain.json"
+RESULTS = Path(__file__).parent / "results" / "fresh_rollouts.json"
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5")
 AGES = (20_480, 102_400, 204_800)
 ROLLOUTS = 20
@@ -57,6 +64,28 @@ SETTINGS = [
     *(Setting(samples=samples) for samples in (1024, 512, 256, 128)),
     *(Setting(residual_tol=tol, samples=samples) for tol in (0.3, 0.1, 0.03) for samples in (1024, 512, 256)),
 ]
+
+
+VALUE_REFERENCE: dict[str, Any] = {"cg_steps": 10, "n_steps": 1, "curvature_samples": None, "damping": 0.01}
+VALUE_CHANGES: list[dict[str, Any]] = [
+    {},
+    *({"cg_steps": steps} for steps in (3, 5, 8, 15)),
+    *({"damping": damping} for damping in (0.001, 0.03, 0.1)),
+    *({"n_steps": steps} for steps in (2, 3)),
+    *(
+        {"curvature_samples": samples, "cg_steps": steps, "damping": damping}
+        for samples in (1024, 512)
+        for steps in (5, 8, 10)
+        for damping in (0.01, 0.03, 0.1)
+    ),
+]
+VALUE_SETTINGS = [VALUE_REFERENCE | change for change in VALUE_CHANGES]
+
+
+def value_name(setting: dict[str, Any]) -> str:
+    """A setting of the critic in words."""
+    samples = setting["curvature_samples"] or "all"
+    return f"{setting['n_steps']} x {setting['cg_steps']} steps, {samples} samples, damping {setting['damping']:g}"
 
 
 def merged(batches: list[Batch]) -> Batch:
@@ -114,6 +143,34 @@ def gains(model: Any, batch: Batch, fresh: PolicyProblem) -> dict[str, tuple[flo
     return found
 
 
+def fits(model: Any, batch: Batch, fresh: Batch) -> dict[str, tuple[float, float]]:
+    """For each setting of the critic: error left on the rollout, and on fresh ones, relative to before the fit."""
+    actor = frozenset(PolicyProblem(model.policy, batch).gradients())
+    params = [param for param in model.policy.parameters() if param not in actor]
+    theta, found = flatten(params).detach().clone(), {}
+
+    def errors() -> tuple[float, float]:
+        with torch.no_grad():
+            inside, outside = (
+                float((model.policy.predict_values(part.inputs).flatten() - part.returns).square().mean())
+                for part in (batch, fresh)
+            )
+        return inside, outside
+
+    before = errors()
+    for setting in VALUE_SETTINGS:
+        GaussNewtonCritic(**setting).fit(model.policy, batch, actor)
+        after = errors()
+        found[value_name(setting)] = after[0] / before[0], after[1] / before[1]
+        assign(params, theta)
+    return found
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    """Five significant digits are enough for the file."""
+    return {name: [float(f"{value:.5g}") for value in values] for name, values in found.items()}
+
+
 def measure(env_id: str, seed: int) -> list[dict[str, Any]]:
     """All gains on one environment."""
     env = VecNormalize(make_vec_env(env_id, n_envs=2, seed=seed))
@@ -128,27 +185,42 @@ def measure(env_id: str, seed: int) -> list[dict[str, Any]]:
             fresh = PolicyProblem(model.policy, fresh_batch)
             fresh.evaluate()
             for _ in range(ROLLOUTS):
-                found = gains(model, rollout(model).with_normalized_advantages(), fresh)
-                records.append({"env": env_id, "age": age, "seed": seed, "gains": found})
+                batch = rollout(model).with_normalized_advantages()
+                record: dict[str, Any] = {"env": env_id, "age": age, "seed": seed}
+                record["gains"] = rounded(gains(model, batch, fresh))
+                record["fits"] = rounded(fits(model, batch, fresh_batch))
+                records.append(record)
         print(f"{env_id}, seed {seed}, {age} steps: done", flush=True)
     return records
 
 
+def difference(values: np.ndarray, reference: np.ndarray) -> str:
+    """The mean relative to the reference's, with the interval of the paired difference."""
+    paired = (values - reference) / reference.mean()
+    half_width = stats.t.ppf(0.975, len(paired) - 1) * stats.sem(paired)
+    return f"{values.mean() / reference.mean():.3f} ± {half_width:.3f}"
+
+
 def report(records: list[dict[str, Any]]) -> None:
-    """Print a Markdown table for each environment."""
+    """Print two Markdown tables for each environment."""
     for env_id in ENVIRONMENTS:
-        rows = [record["gains"] for record in records if record["env"] == env_id]
-        reference = np.array([row[str(REFERENCE)][1] for row in rows])
+        rows = [record for record in records if record["env"] == env_id]
+        reference = np.array([row["gains"][str(REFERENCE)][1] for row in rows])
         print(f"\n{env_id}: {len(rows)} rollouts, fresh gain of the reference {reference.mean():.4f}\n")
         print("| solver | steps taken | gain in-sample | gain on fresh rollouts |\n|---|---|---|---|")
-        for setting in map(str, SETTINGS):
-            inside, outside, steps = np.array([row[setting] for row in rows]).T
-            difference = (outside - reference) / reference.mean()
-            half_width = stats.t.ppf(0.975, len(rows) - 1) * stats.sem(difference)
+        for name in map(str, SETTINGS):
+            inside, outside, steps = np.array([row["gains"][name] for row in rows]).T
             print(
-                f"| {setting} | {steps.mean():.1f} | {inside.mean() / reference.mean():.2f} | "
-                f"{outside.mean() / reference.mean():.3f} ± {half_width:.3f} |"
+                f"| {name} | {steps.mean():.1f} | {inside.mean() / reference.mean():.2f} | "
+                f"{difference(outside, reference)} |"
             )
+        inside, reference = np.array([row["fits"][value_name(VALUE_REFERENCE)] for row in rows]).T
+        left = f"{inside.mean():.3f} of the error in-sample, {reference.mean():.3f} on fresh rollouts"
+        print(f"\nThe reference leaves {left}.\n")
+        print("| critic | error in-sample | error on fresh rollouts |\n|---|---|---|")
+        for name in map(value_name, VALUE_SETTINGS):
+            inside, outside = np.array([row["fits"][name] for row in rows]).T
+            print(f"| {name} | {inside.mean() / reference.mean():.3f} | {difference(outside, reference)} |")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from sb3_trpo_ext import TRPO, PPOClip
 
 CARTPOLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {"n_steps": 256}),
-    "trpo-gauss-newton": (TRPO, {"n_steps": 256, "critic": "gauss_newton"}),
+    "trpo-adam": (TRPO, {"n_steps": 256, "critic": "adam"}),
     # Rate and clipping fall to zero, as in the zoo's entry for CartPole-v1.
     "ppo": (
         PPOClip,

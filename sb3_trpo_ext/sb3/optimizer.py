@@ -91,12 +91,13 @@ class _FlatAdam:
         self._adam = kind([self._vector])
         group = self._adam.param_groups[0]
         group.update({key: value for key, value in optimizer.param_groups[0].items() if key != "params"})
-        if fused and has_fused_adam(self._vector.device.type):
-            group["fused"] = True
+        group["fused"] = True if fused and has_fused_adam(self._vector.device.type) else None
+        # The fused kernel wants the number of steps where the parameters are, the plain one on the CPU.
+        step_device = self._vector.device if group["fused"] else torch.device("cpu")
         states = [optimizer.state[param] for param in params if param in optimizer.state]
         if states:
             self._adam.state[self._vector] = {
-                key: value.clone() if key == "step" else flatten([state[key] for state in states])
+                key: value.to(step_device, copy=True) if key == "step" else flatten([state[key] for state in states])
                 for key, value in states[0].items()
             }
 

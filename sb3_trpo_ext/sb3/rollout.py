@@ -57,6 +57,8 @@ class FastRollout:
         self._n_steps = n_steps
         self._obs_shape = (env.num_envs, *buffer.obs_shape)
         self._action_shape = (env.num_envs, buffer.action_dim)
+        space = model.action_space
+        self._bounds = (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
         self._valued = 0
         self._timeouts = Timeouts()
 
@@ -66,7 +68,8 @@ class FastRollout:
         model.policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
-        noise = self._snapshot.sampler.noise(self._n_steps, self._env.num_envs, self._snapshot.noise_width)
+        drawn = self._snapshot.sampler.noise(self._n_steps, self._env.num_envs, self._snapshot.noise_width)
+        noise = self._snapshot.sampler.scaled(drawn)
         names: dict[str, Any] = {
             "self": model,
             "env": self._env,
@@ -87,6 +90,7 @@ class FastRollout:
             if watched and not self._snapshot.is_current():
                 self._value_steps(step + 1)
                 self._snapshot = PolicySnapshot(model.policy)
+                noise = self._snapshot.sampler.scaled(drawn)
 
         self._value_steps(self._n_steps)
         last_values = self._snapshot.values(model._last_obs)
@@ -97,16 +101,17 @@ class FastRollout:
 
     def _step(self, noise: Array, names: dict[str, Any]) -> None:
         """Act once in all environments."""
-        model, space = self._model, self._model.action_space
+        model = self._model
         actions = self._snapshot.act(model._last_obs, noise)
         clipped = actions
-        if isinstance(space, spaces.Box):
+        if self._bounds is not None:
+            low, high = self._bounds
             flat = actions.reshape(-1)
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
-            actions = actions.reshape(-1, *space.shape)
-            clipped = np.clip(actions, space.low, space.high)
+            actions = actions.reshape(-1, *low.shape[1:])
+            clipped = np.minimum(np.maximum(actions, low), high)
         new_obs, rewards, dones, infos = self._env.step(clipped)
         model.num_timesteps += self._env.num_envs
         names.update(

@@ -95,13 +95,12 @@ def _linear(module: nn.Linear) -> Layer:
     # BLAS multiplies a few rows by a matrix in column order fastest.
     weight = np.asfortranarray(module.weight.detach().numpy().T.copy())
     if module.bias is None:
-        return lambda x: np.dot(x, weight)
-    bias = module.bias.detach().numpy().copy()
+        return lambda x: x.dot(weight)
+    bias = module.bias.detach().numpy().copy()[None]  # with the axis of a single row NumPy need not broadcast
 
     def layer(x: Array) -> Array:
-        image: Array = np.dot(x, weight)
-        image += bias
-        return image
+        image: Array = x.dot(weight)
+        return np.add(image, bias, out=image)
 
     return layer
 
@@ -152,10 +151,14 @@ class ActionSampler:
             return uniform.numpy()
         return (-torch.log(-torch.log(uniform))).numpy()  # Gumbel: argmax(logits + noise) ~ softmax(logits)
 
+    def scaled(self, noise: Array) -> Array:
+        """The noise of a whole rollout as `act` takes it: multiplied by σ where there is one."""
+        return noise if self._std is None else self._std * noise
+
     def act(self, outputs: Array, noise: Array) -> Array:
-        """Actions ``(E, ...)`` for one step."""
+        """Actions ``(E, ...)`` for one step, from its `scaled` noise."""
         if self._std is not None:
-            return outputs + self._std * noise
+            return outputs + noise
         if isinstance(self._space, spaces.MultiBinary):
             return (noise < _sigmoid(outputs)).astype(self._space.dtype)
         scores = outputs + noise
@@ -220,7 +223,7 @@ class PolicySnapshot:
         return flat.astype(np.float32)
 
     def act(self, observations: Array, noise: Array) -> Array:
-        """Actions for one step of all environments."""
+        """Actions for one step of all environments, from its `ActionSampler.scaled` noise."""
         return self.sampler.act(_apply(self._actor, self.encode(observations)), noise)
 
     def values(self, observations: Array) -> Array:

@@ -68,7 +68,7 @@ class GaussNewtonCritic(Critic):
     def __init__(
         self,
         *,
-        damping: float = 0.1,
+        damping: float = 0.01,
         cg_steps: int = 8,
         n_steps: int = 1,
         max_backtracks: int = 20,

@@ -15,6 +15,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adam": lambda params: torch.optim.Adam(params, lr=1e-2, eps=1e-5),
     "amsgrad": lambda params: torch.optim.Adam(params, lr=1e-2, amsgrad=True, weight_decay=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "fused": lambda params: torch.optim.Adam(params, lr=1e-2, fused=True),
     "foreach": lambda params: torch.optim.Adam(params, lr=1e-2, foreach=True),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
     "two groups": lambda params: torch.optim.Adam([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}]),

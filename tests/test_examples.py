@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -32,3 +33,19 @@ def test_the_readme_example_names_what_exists() -> None:
 
 def test_the_critic_comparison_reports() -> None:
     assert "| default |" in run(str(EXAMPLES / "benchmarks" / "critics.py"), "--report")
+
+
+def test_the_speed_benchmark_measures_and_reports(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "speed.py")
+    for arm in ("ours", "peer"):
+        measured = json.loads(run(script, "--measure", "batch 1024, width 64", arm).splitlines()[-1])
+        assert all(measured[phase] > 0 for phase in ("iteration", "rollout", "policy", "critic", "environment_bound"))
+        assert sum(measured[phase] for phase in ("rollout", "policy", "critic")) <= measured["iteration"]
+    assert "| whole iteration |" in run(script, "--report", "--figure", str(tmp_path / "scaling.png"))
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_on_fresh_rollouts_reports() -> None:
+    printed = run(str(EXAMPLES / "benchmarks" / "fresh_rollouts.py"), "--report")
+    assert "| solver | steps taken |" in printed
+    assert "| critic | error in-sample |" in printed

@@ -32,6 +32,7 @@ import gymnasium as gym
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
+FIGURE = RESULTS.parent / "speed_scaling.png"
 PHASES = ("iteration", "rollout", "policy", "critic")
 
 
@@ -302,7 +303,7 @@ def report() -> None:
         print(f"| {name} | " + " | ".join([*cells, spread(memory) if big else ""]) + " |")
 
 
-def plot() -> None:
+def plot(figure_path: Path) -> None:
     """Draw time and memory of the policy phase against batch and width, as far as they were measured."""
     import matplotlib
 
@@ -327,7 +328,7 @@ def plot() -> None:
                 panel.set_ylabel(name)
         axes[1, column].set_xlabel(title)
     axes[0, 0].legend(frameon=False)
-    figure.savefig(RESULTS.parent / "speed_scaling.png", dpi=120)
+    figure.savefig(figure_path, dpi=120)
 
 
 def main() -> None:
@@ -338,6 +339,9 @@ def main() -> None:
     )
     parser.add_argument("--repetitions", type=int, default=5, help="measurements of each arm")
     parser.add_argument("--device", default="cpu", help="device of the models")
+    parser.add_argument(
+        "--figure", type=Path, default=RESULTS.parent / "speed_scaling.png", help="where to draw the plot"
+    )
     parser.add_argument("--report", action="store_true", help="only print the table")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "ARM"), help="one measurement (used internally)")
     args = parser.parse_args()
@@ -350,7 +354,7 @@ def main() -> None:
             [case for case in EVERY if any(word in case.name for word in args.cases)], args.repetitions, args.device
         )
     report()
-    plot()
+    plot(args.figure)
 
 
 if __name__ == "__main__":

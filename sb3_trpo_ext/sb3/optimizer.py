@@ -18,8 +18,9 @@ class FlatOptimizer:
     """Lets Adam step all parameters as one vector: the same numbers, without ten small calls for each parameter.
 
     Adam treats every number by itself, so the steps are bit for bit those of the optimiser. An optimiser of another
-    kind, or in a state that has no flat form (several groups, parameters that have taken different numbers of steps),
-    steps itself. The optimiser's state is up to date when the block is left, by an exception too.
+    kind, or in a state that has no flat form (several groups, parameters that are not its own or that have taken
+    different numbers of steps), steps itself. The optimiser's state is up to date when the block is left, by an
+    exception too.
 
     Args:
         optimizer: The optimiser.
@@ -126,6 +127,9 @@ def _has_a_flat_form(optimizer: torch.optim.Optimizer, gradients: Mapping[nn.Par
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) > 1:
         return False
     if any(optimizer.param_groups[0].get(flag) for flag in ("foreach", "capturable", "differentiable", "fused")):
+        return False
+    owned = set(optimizer.param_groups[0]["params"])
+    if not all(param in owned for param in gradients):
         return False
     states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in gradients]
     steps = {float(state["step"]) if "step" in state else None for state in states}

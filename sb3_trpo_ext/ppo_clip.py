@@ -247,7 +247,9 @@ class PPOClip(TrustRegionAlgorithm):
         policy_loss = -clipped_surrogate(ratio, advantages, clip_range).mean()
         value_loss = F.mse_loss(batch.returns, self._clipped_values(values.flatten(), batch.old_values))
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
-        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        # A bonus of weight zero changes no bit of the loss and its gradient, but costs a backward pass.
+        objective_loss = policy_loss + self.ent_coef * entropy_loss if self.ent_coef else policy_loss
+        loss = objective_loss + self.vf_coef * value_loss
 
         excess = ratio.detach() - 1
         approx_kl = (excess - log_ratio.detach()).mean()

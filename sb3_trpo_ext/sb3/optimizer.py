@@ -51,7 +51,7 @@ class FlatOptimizer:
         """
         scale = None
         if max_norm < math.inf:
-            norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+            norms = torch._foreach_norm(list(gradients.values()))
             norm = torch.linalg.vector_norm(torch.stack(norms))
             if not math.isfinite(norm):
                 return False
@@ -111,8 +111,7 @@ class _FlatAdam:
 
     @torch.no_grad()
     def _bring_along(self) -> None:
-        for param, view in zip(self._params, self._views, strict=True):
-            param.copy_(view)
+        torch._foreach_copy_(list[Tensor](self._params), self._views)
 
     def write_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser the state that it would have."""

@@ -31,15 +31,16 @@ def gradient(
         Gradients by parameter, in the order of ``params``; a parameter that is not reached is absent, one that is
         reached with gradient zero is present.
     """
-    reached: dict[nn.Parameter, Tensor] = {}
+    total: list[Tensor | None] = [None] * len(params)
     for term in terms:
         if not term.requires_grad:
             continue
         grads = torch.autograd.grad(term, params, retain_graph=retain_graph, allow_unused=True)
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                reached[param] = reached[param] + grad if param in reached else grad
-    return {param: reached[param] for param in params if param in reached}
+        total = [
+            grad if before is None else before if grad is None else before + grad
+            for before, grad in zip(total, grads, strict=True)
+        ]
+    return {param: grad for param, grad in zip(params, total, strict=True) if grad is not None}
 
 
 def policy_checkpoint(policy: nn.Module) -> Checkpoint:

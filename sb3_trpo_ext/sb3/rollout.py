@@ -55,8 +55,6 @@ class FastRollout:
         self._env = env
         self._buffer = buffer
         self._n_steps = n_steps
-        self._obs_shape = (env.num_envs, *buffer.obs_shape)
-        self._action_shape = (env.num_envs, buffer.action_dim)
         space = model.action_space
         self._bounds = (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
         self._valued = 0
@@ -67,6 +65,9 @@ class FastRollout:
         model, buffer = self._model, self._buffer
         model.policy.set_training_mode(False)
         buffer.reset()
+        # Views in which a step is written as it is.
+        self._observations = buffer.observations.reshape(buffer.buffer_size, *model._last_obs.shape)
+        self._actions = buffer.actions.reshape(buffer.buffer_size, self._env.num_envs, *model.action_space.shape)
         callback.on_rollout_start()
         drawn = self._snapshot.sampler.noise(self._n_steps, self._env.num_envs, self._snapshot.noise_width)
         noise = self._snapshot.sampler.scaled(drawn)
@@ -92,6 +93,7 @@ class FastRollout:
                 self._snapshot = PolicySnapshot(model.policy)
                 noise = self._snapshot.sampler.scaled(drawn)
 
+        buffer.full = buffer.pos == buffer.buffer_size
         self._value_steps(self._n_steps)
         last_values = self._snapshot.values(model._last_obs)
         estimate_advantages(buffer, last_values, names["dones"])
@@ -110,29 +112,22 @@ class FastRollout:
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
-            actions = actions.reshape(-1, *low.shape[1:])
+            if low.ndim > 2:
+                actions = actions.reshape(-1, *low.shape[1:])
             clipped = np.minimum(np.maximum(actions, low), high)
-        new_obs, rewards, dones, infos = self._env.step(clipped)
+        names["actions"], names["clipped_actions"] = actions, clipped
+        names["new_obs"], names["rewards"], names["dones"], names["infos"] = self._env.step(clipped)
         model.num_timesteps += self._env.num_envs
-        names.update(
-            actions=actions,
-            clipped_actions=clipped,
-            new_obs=new_obs,
-            rewards=rewards,
-            dones=dones,
-            infos=infos,
-        )
 
     def _store(self, step: int, names: dict[str, Any]) -> None:
         """Write the step into the buffer and move on."""
         model, buffer, dones = self._model, self._buffer, names["dones"]
         model._update_info_buffer(names["infos"], dones)
-        buffer.observations[step] = model._last_obs.reshape(self._obs_shape)
-        buffer.actions[step] = names["actions"].reshape(self._action_shape)
+        self._observations[step] = model._last_obs
+        self._actions[step] = names["actions"]
         buffer.rewards[step] = names["rewards"]
         buffer.episode_starts[step] = model._last_episode_starts
         buffer.pos = step + 1
-        buffer.full = buffer.pos == buffer.buffer_size
         if np.count_nonzero(dones):
             self._timeouts.note(step, dones, names["infos"])
         model._last_obs, model._last_episode_starts = names["new_obs"], dones

@@ -201,7 +201,7 @@ class PolicySnapshot:
         self.sampler = ActionSampler(policy.action_space, log_std)
         assert isinstance(policy.action_net, nn.Linear)  # as _require_plain has seen
         self.noise_width = policy.action_net.out_features
-        self._space = policy.observation_space
+        self.encode = _encoder(policy.observation_space)
 
     def _fingerprint(self) -> list[int]:
         parameters = self._parameters
@@ -210,17 +210,6 @@ class PolicySnapshot:
     def is_current(self) -> bool:
         """Whether the policy's parameters are still those that were copied."""
         return self._fingerprint() == self._copied
-
-    def encode(self, observations: Array) -> Array:
-        """What SB3's preprocessing and FlattenExtractor give: ``(N, features)``, float32."""
-        space = self._space
-        if isinstance(space, spaces.Discrete):
-            return np.eye(int(space.n), dtype=np.float32)[observations.reshape(-1).astype(np.int64)]
-        flat = observations.reshape(len(observations), -1)
-        if isinstance(space, spaces.MultiDiscrete):
-            columns = zip(space.nvec.reshape(-1), flat.T.astype(np.int64), strict=True)
-            return np.concatenate([np.eye(int(size), dtype=np.float32)[column] for size, column in columns], axis=1)
-        return flat.astype(np.float32)
 
     def act(self, observations: Array, noise: Array) -> Array:
         """Actions for one step of all environments, from its `ActionSampler.scaled` noise."""
@@ -233,6 +222,22 @@ class PolicySnapshot:
     def log_prob(self, observations: Array, actions: Array) -> Array:
         """Evaluate log π(a|s), ``(N,)``."""
         return self.sampler.log_prob(_apply(self._actor, self.encode(observations)), actions)
+
+
+def _encoder(space: spaces.Space) -> Layer:
+    """What SB3's preprocessing and FlattenExtractor do: observations -> ``(N, features)``, float32."""
+    if isinstance(space, spaces.Discrete):
+        rows = np.eye(int(space.n), dtype=np.float32)
+        return lambda observations: rows[observations.reshape(-1).astype(np.int64)]
+    if isinstance(space, spaces.MultiDiscrete):
+        tables = [np.eye(int(size), dtype=np.float32) for size in space.nvec.reshape(-1)]
+
+        def one_hot(observations: Array) -> Array:
+            columns = observations.reshape(len(observations), -1).T.astype(np.int64)
+            return np.concatenate([table[column] for table, column in zip(tables, columns, strict=True)], axis=1)
+
+        return one_hot
+    return lambda observations: observations.reshape(len(observations), -1).astype(np.float32)
 
 
 def _require_plain(policy: ActorCriticPolicy) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
+from stable_baselines3.common.vec_env.util import dict_to_obs
 
 IMMUTABLE = frozenset(
     (bool, int, float, complex, str, bytes, type(None), np.bool_, np.int32, np.int64, np.float32, np.float64)
@@ -31,12 +33,19 @@ class Infos(list[dict[str, Any]]):
         ]
 
 
-class Observations(OrderedDict[str | None, NDArray[Any]]):
-    """The observations of a step by key; a deep copy of it copies the arrays."""
+def _copied_observations(env: DummyVecEnv) -> Callable[[], VecEnvObs]:
+    """What `DummyVecEnv` returns of its observations: copies of the arrays, by key if there are several."""
+    arrays = env.buf_obs
+    if not isinstance(env.observation_space, (spaces.Dict, spaces.Tuple)):
+        (array,) = arrays.values()
+        return array.copy
+    return lambda: dict_to_obs(env.observation_space, OrderedDict((key, a.copy()) for key, a in arrays.items()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[str | None, NDArray[Any]]:
-        """Copy the arrays."""
-        return OrderedDict((key, array.copy()) for key, array in self.items())
+
+def _is_plain(env: DummyVecEnv) -> bool:
+    """Whether it is SB3's own, as it is made, with arrays of numbers."""
+    own = type(env) is DummyVecEnv and "_obs_from_buf" not in vars(env)
+    return own and not any(array.dtype.hasobject for array in env.buf_obs.values())
 
 
 @contextmanager
@@ -48,11 +57,13 @@ def cheap_copies(env: VecEnv) -> Iterator[None]:
     """
     while isinstance(env, VecEnvWrapper):
         env = env.venv
-    if type(env) is not DummyVecEnv or any(array.dtype.hasobject for array in env.buf_obs.values()):
+    if not isinstance(env, DummyVecEnv) or not _is_plain(env):
         yield
         return
-    env.buf_infos, env.buf_obs = Infos(env.buf_infos), Observations(env.buf_obs)  # type: ignore[assignment]
+    env.buf_infos = Infos(env.buf_infos)
+    vars(env)["_obs_from_buf"] = _copied_observations(env)
     try:
         yield
     finally:
-        env.buf_infos, env.buf_obs = list(env.buf_infos), OrderedDict(env.buf_obs)
+        env.buf_infos = list(env.buf_infos)
+        del vars(env)["_obs_from_buf"]

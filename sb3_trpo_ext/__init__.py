@@ -1,8 +1,22 @@
 """Trust-region policy optimisation for Stable-Baselines3."""
 
+from sb3_trpo_ext.maskable import MaskableTRPO
+from sb3_trpo_ext.npg import NPG
 from sb3_trpo_ext.ppo_clip import PPOClip
+from sb3_trpo_ext.ppo_penalty import PPOPenalty
+from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
 
-__all__ = ["TRPO", "PPOClip", "__version__"]
+__all__ = [
+    "NPG",
+    "TRPO",
+    "MaskableTRPO",
+    "PPOClip",
+    "PPOPenalty",
+    "RecurrentNPG",
+    "RecurrentPPOClip",
+    "RecurrentTRPO",
+    "__version__",
+]

@@ -3,83 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule
-from torch import Tensor, nn
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.trust_region import (
-    Acceptance,
-    Checkpoint,
-    LineSearchResult,
-    backtracking_line_search,
-    boundary_scale,
-)
-from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward, whole_rollout
-from sb3_trpo_ext.sb3.checks import (
-    check_finite,
-    check_fraction,
-    check_integer,
-    check_minibatches,
-    check_number,
-    check_rollout_size,
-)
-from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
-from sb3_trpo_ext.sb3.device import affordable_samples, check_interval
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
-
-SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
-
-ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
-"""Defaults of the Adam critic's arguments, here and in sb3-contrib."""
-
-PPO_ARGUMENTS = {
-    "clip_range": "TRPO bounds the KL divergence itself: use `target_kl`, or the class PPOClip",
-    "clip_range_vf": "TRPO does not clip the value function: use the class PPOClip",
-    "n_epochs": "TRPO takes one policy step a rollout; the epochs of the Adam critic are `n_critic_updates`",
-    "vf_coef": "TRPO fits the value function in a step of its own: see `critic`",
-    "max_grad_norm": "TRPO's step length is set by `target_kl`",
-    "max_kl": "TRPO's radius is `target_kl`",
-}
+from sb3_trpo_ext.core.objectives import theoretical_penalty
+from sb3_trpo_ext.core.trust_region import Acceptance, backtracking_line_search, boundary_scale
+from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number
+from sb3_trpo_ext.sb3.natural_gradient import Direction, Move, NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 
 
 @dataclass(frozen=True)
-class PolicyStep:
-    """What one policy step did.
+class Trial:
+    """A trial point of the line search, judged by the trust region or the penalty in force.
 
     Attributes:
-        actor: The parameters that the policy's output reaches.
-        evaluation: The policy that the step leaves, on its batch.
-        fraction: Accepted fraction of the step to the boundary; 0 if rejected.
-        improvement: L(θ) - L(θ_old).
-        expected_improvement: gᵀs at that fraction of the step (at the full step if rejected).
-        cg_steps: Conjugate-gradient iterations.
-        cg_residual: Their relative residual.
-        reason: Why the step was rejected; empty if it was accepted.
+        evaluation: The policy there.
+        objective: What must increase: L(θ), or L(θ) - C · KL_max under a penalty.
+        divergence: What must stay below the radius: the mean or the largest KL divergence.
     """
 
-    actor: frozenset[nn.Parameter]
     evaluation: PolicyEvaluation
-    fraction: float = 0.0
-    improvement: float = 0.0
-    expected_improvement: float = 0.0
-    cg_steps: int = 0
-    cg_residual: float = 0.0
-    reason: str = ""
+    objective: float
+    divergence: float
 
 
-class TRPO(TrustRegionAlgorithm):
+class TRPO(NaturalGradientAlgorithm):
     """Trust Region Policy Optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
 
     Each update maximises the surrogate L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] under E_s[KL(π_old(·|s)‖π_θ(·|s))] <= δ
@@ -127,7 +81,14 @@ class TRPO(TrustRegionAlgorithm):
             of A dimensions: δ = target_kl · A and λ = cg_damping · A. That is what averaging the KL over dimensions
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's
             δ = target_kl. ``train/target_kl`` logs δ.
-        ent_coef: Weight of an entropy bonus, in the gradient and in the line search.
+        ent_coef: Weight of an entropy bonus, in the gradient and in the line search; a float or a schedule.
+        trust_region: ``"mean"`` bounds the mean KL divergence over the states of the rollout by δ (equation 12, what
+            the paper does); ``"max"`` bounds the largest (equation 11), which makes shorter steps.
+            ``train/kl_max`` shows the difference.
+        kl_penalty: C > 0: maximise L(θ) - C · max_s KL(π_old(·|s)‖π_θ(·|s)) instead of bounding the KL divergence
+            (equations 9 and 10). ``"theory"`` is C = 4εγ/(1-γ)² with ε = max |Â|, for which every exact step improves
+            the return. It is not meant for training: at γ = 0.99 its steps are thousands of times shorter than those
+            of δ = 0.01 (``examples/tabular_theory.py`` measures by how much), and drown in the rounding of float32.
         curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
             Gauss-Newton critic are estimated from. None for all.
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
@@ -177,7 +138,9 @@ class TRPO(TrustRegionAlgorithm):
         critic: str = "auto",
         critic_kwargs: dict[str, Any] | None = None,
         kl_per_action_dim: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
+        trust_region: Literal["mean", "max"] = "mean",
+        kl_penalty: float | Literal["theory"] | None = None,
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 0.03,
@@ -185,246 +148,114 @@ class TRPO(TrustRegionAlgorithm):
         fast_rollouts: bool = True,
         **unexpected: NoReturn,
     ) -> None:
-        _refuse_unexpected(unexpected)
         super().__init__(
             policy,
             env,
             learning_rate=learning_rate,
             n_steps=n_steps,
+            batch_size=batch_size,
             gamma=gamma,
+            cg_max_steps=cg_max_steps,
+            cg_damping=cg_damping,
+            n_critic_updates=n_critic_updates,
             gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=0.0,
-            max_grad_norm=0.0,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class,
             rollout_buffer_kwargs=rollout_buffer_kwargs,
+            normalize_advantage=normalize_advantage,
+            target_kl=target_kl,
+            sub_sampling_factor=sub_sampling_factor,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
             seed=seed,
             device=device,
+            critic=critic,
+            critic_kwargs=critic_kwargs,
+            kl_per_action_dim=kl_per_action_dim,
+            ent_coef=ent_coef,
+            curvature_samples=curvature_samples,
+            fisher_chunk_size=fisher_chunk_size,
+            cg_residual_tol=cg_residual_tol,
             fast_rollouts=fast_rollouts,
+            **unexpected,
         )
-        self.batch_size = batch_size
-        self.normalize_advantage = normalize_advantage
-        self.target_kl = target_kl
-        self.kl_per_action_dim = kl_per_action_dim
-        self.cg_max_steps = cg_max_steps
-        self.cg_damping = cg_damping
-        self.cg_residual_tol = cg_residual_tol
-        self.sub_sampling_factor = sub_sampling_factor
-        self.curvature_samples = curvature_samples
-        self.fisher_chunk_size = fisher_chunk_size
+        self.trust_region = trust_region
+        self.kl_penalty = kl_penalty
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.line_search_accept_ratio = line_search_accept_ratio
-        self.critic = critic
-        self.critic_kwargs = critic_kwargs or {}
-        self.n_critic_updates = n_critic_updates
 
         if _init_setup_model:
             self._setup_model()
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        self.target_kl = FloatSchedule(self.target_kl)
-        self._make_critic()
-
     def _check_arguments(self) -> None:
-        if not callable(self.target_kl):
-            check_number(
-                "target_kl", self.target_kl, positive=True, hint="TRPO needs a trust region; 0.01 is the usual radius."
-            )
-        for name in ("cg_max_steps", "line_search_max_iter", "sub_sampling_factor", "n_critic_updates", "batch_size"):
-            check_integer(name, getattr(self, name))
-        for name in ("cg_damping", "cg_residual_tol"):
-            check_number(name, getattr(self, name))
-        if self.curvature_samples is not None:
-            check_integer("curvature_samples", self.curvature_samples, hint="Pass None for all samples.")
-        if self.fisher_chunk_size not in ("auto", None):
-            check_integer(
-                "fisher_chunk_size",
-                self.fisher_chunk_size,
-                hint="Pass 'auto' to keep within the memory budget, or None for no chunks.",
-            )
+        super()._check_arguments()
+        check_integer("line_search_max_iter", self.line_search_max_iter)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
-        check_finite("ent_coef", self.ent_coef)
-        if self.env is not None:
-            check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
-            if self.sub_sampling_factor > self.n_steps * self.n_envs:
-                raise ValueError(
-                    f"`sub_sampling_factor` must not exceed the {self.n_steps * self.n_envs} samples of a rollout, got "
-                    f"{self.sub_sampling_factor}."
-                )
-            if self._critic_kind() == "adam":
-                check_minibatches(self.n_steps, self.n_envs, self.batch_size)
-
-    def _make_critic(self, chunk_size: int | None = None) -> Critic:
-        kind = self._critic_kind()
-        if kind == "gauss_newton":
-            return GaussNewtonCritic(
-                **{"curvature_samples": self.curvature_samples, **self.critic_kwargs}, chunk_size=chunk_size
+        if self.trust_region not in ("mean", "max"):
+            raise ValueError(f"`trust_region` must be 'mean' or 'max', got {self.trust_region!r}.")
+        if self.kl_penalty not in ("theory", None):
+            check_number(
+                "kl_penalty",
+                self.kl_penalty,
+                positive=True,
+                hint="Pass 'theory' for C = 4εγ/(1-γ)², or None for a trust region.",
             )
-        if kind == "adam":
-            if self.critic_kwargs:
-                raise ValueError(
-                    f"`critic_kwargs` belongs to critic='gauss_newton', got {self.critic_kwargs} with "
-                    f"critic={self.critic!r}. Use `learning_rate`, `batch_size` and `n_critic_updates`, or pass "
-                    "critic='gauss_newton'."
-                )
-            return AdamCritic(
-                self.rollout_buffer,
-                self.action_space,
-                batch_size=self.batch_size,
-                n_updates=self.n_critic_updates,
-                chunk_size=chunk_size,
+        if self.kl_penalty == "theory" and not 0 < self.gamma < 1:
+            raise ValueError(
+                f"kl_penalty='theory' is 4εγ/(1-γ)², which means nothing at gamma={self.gamma}. Pass a gamma between 0 "
+                "and 1, or a number."
             )
-        raise ValueError(f"`critic` must be 'auto', 'gauss_newton' or 'adam', got {self.critic!r}.")
 
-    def _critic_kind(self) -> str:
-        """What ``critic="auto"`` stands for here, or ``critic`` itself."""
-        if self.critic != "auto":
-            return self.critic
-        tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
-        return "adam" if tuned else "gauss_newton"
+    def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
+        """Backtrack from the boundary of the trust region, or from the maximum of the penalised quadratic model."""
+        penalty, radius = self._penalty(problem), math.inf if self.kl_penalty else self.trust_region_radius()
+        step_size = self._full_step(problem, direction, penalty, radius)
 
-    def trust_region_radius(self) -> float:
-        """δ in force: the bound on the mean joint KL divergence, in nats."""
-        value = self.target_kl(self._current_progress_remaining)  # type: ignore[operator]
-        return self._action_dimensions() * check_number(
-            "target_kl", value, positive=True, hint="Its schedule must stay positive until the end of training."
-        )
+        def judged(evaluation: PolicyEvaluation) -> Trial:
+            divergence = evaluation.kl_max if self.trust_region == "max" else evaluation.divergence
+            return Trial(evaluation, evaluation.objective - penalty * evaluation.kl_max, divergence)
 
-    def _action_dimensions(self) -> int:
-        """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""
-        counts = self.kl_per_action_dim and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
-        return get_action_dim(self.action_space) if counts else 1
-
-    def _update(self) -> dict[str, float]:
-        record: dict[str, float] = {"train/target_kl": self.trust_region_radius()}
-        with consistent_evaluation(self.policy):
-            with timed(record, "time/policy_s"):
-                batch = whole_rollout(self.rollout_buffer, self.action_space)
-                chunk_size = self._chunk_size(batch)
-                step = self._policy_step(
-                    batch.with_normalized_advantages() if self.normalize_advantage else batch, chunk_size
-                )
-            with timed(record, "time/critic_s"):
-                record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
-
-        if step.reason:
-            self._report_rejection(step.reason)
-        else:
-            self._report_success()
-        record["train/policy_objective"] = step.evaluation.objective
-        record["train/kl_divergence_loss"] = step.evaluation.divergence
-        record["train/kl_max"] = step.evaluation.kl_max
-        record["train/entropy"] = step.evaluation.entropy
-        record["train/is_line_search_success"] = float(not step.reason)
-        record["train/step_fraction"] = step.fraction
-        record["train/improvement"] = step.improvement
-        record["train/expected_improvement"] = step.expected_improvement
-        record["train/cg_steps"] = step.cg_steps
-        record["train/cg_residual"] = step.cg_residual
-        self._n_updates += 1
-        return record
-
-    def _chunk_size(self, batch: Batch) -> int | None:
-        """Most samples in one forward pass."""
-        if self.fisher_chunk_size == "auto":
-            return affordable_samples(self.policy, lambda part: PolicyOutput.of(self.policy, part).z, batch)
-        return self.fisher_chunk_size
-
-    def _fisher_samples(self, batch: Batch) -> int | None:
-        """Most samples that the Fisher matrix is estimated from."""
-        kept = math.ceil(len(batch) / self.sub_sampling_factor)
-        return kept if self.curvature_samples is None else min(kept, self.curvature_samples)
-
-    def _policy_step(self, batch: Batch, chunk_size: int | None = None) -> PolicyStep:
-        """One step of the policy; the parameters are restored if it is rejected."""
-        radius = self.trust_region_radius()
-        problem = PolicyProblem(self.policy, batch, ent_coef=self.ent_coef, chunk_size=chunk_size)
-        gradients = problem.gradients()
-        if not gradients:
-            return PolicyStep(frozenset(), problem.start, reason="the policy has no trainable parameter")
-        params, gradient = list(gradients), flatten(list(gradients.values()))
-        actor = frozenset(params)
-        if not bool(gradient.isfinite().all()):
-            return PolicyStep(actor, problem.start, reason="the gradient of the surrogate is not finite")
-
-        with explained_double_backward():
-            fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(batch))
-            solution = conjugate_gradient(
-                fisher,
-                gradient,
-                max_steps=self.cg_max_steps,
-                residual_tol=self.cg_residual_tol,
-                check_every=check_interval(gradient),
-            )
-        if not 0 < solution.curvature < math.inf:
-            reason = f"conjugate gradients found no direction ({solution.stop})"
-            return PolicyStep(actor, problem.start, cg_steps=solution.steps, reason=reason)
-        step = boundary_scale(solution.curvature, radius) * solution.solution
-
-        expected = float(gradient.dot(step))
-        result = self._line_search(problem, params, step, expected, radius)
-        evaluation = result.trial or problem.start
-        return PolicyStep(
-            actor,
-            evaluation,
-            fraction=result.fraction,
-            improvement=evaluation.objective - problem.start.objective,
-            expected_improvement=expected * (result.fraction or 1.0),
-            cg_steps=solution.steps,
-            cg_residual=solution.residual,
-            reason=result.reason,
-        )
-
-    def _line_search(
-        self, problem: PolicyProblem, params: Sequence[nn.Parameter], step: Tensor, expected: float, radius: float
-    ) -> LineSearchResult[PolicyEvaluation]:
-        """Backtrack from θ_old + step; leaves the accepted parameters in place, or θ_old, bit for bit."""
-        theta_old, checkpoint = flatten(params).detach(), Checkpoint(params)
-
-        def trial_at(fraction: float) -> PolicyEvaluation:
-            assign(params, theta_old + fraction * step)
-            return problem.evaluate()
+        def trial_at(fraction: float) -> Trial:
+            direction.go_to(fraction * step_size)
+            return judged(problem.evaluate())
 
         result = backtracking_line_search(
             trial_at,
-            Acceptance(problem.start.objective, radius, expected, self.line_search_accept_ratio),
+            Acceptance(
+                judged(problem.start).objective, radius, step_size * direction.slope, self.line_search_accept_ratio
+            ),
             shrink=self.line_search_shrinking_factor,
             max_steps=self.line_search_max_iter,
         )
-        if result.trial is None:
-            checkpoint.restore()
-        return result
+        accepted = None if result.trial is None else result.trial.evaluation
+        return Move(accepted, step_size, result.fraction, result.reason)
 
-    def learn(
-        self: SelfTRPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "TRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfTRPO:
-        """Train for ``total_timesteps`` steps of all environments together; arguments as in SB3."""
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+    def _full_step(self, problem: PolicyProblem, direction: Direction, penalty: float, radius: float) -> float:
+        """The step size at which the line search begins."""
+        if penalty:
+            return direction.slope / (penalty * direction.curvature)  # the maximum of gᵀs - C ½ sᵀFs along x
+        step_size = boundary_scale(direction.curvature, radius)
+        if self.trust_region == "max":
+            # The quadratic model knows the mean alone: one look at the largest KL there tells how much to shorten.
+            direction.go_to(step_size)
+            kl_max = problem.evaluate().kl_max
+            if radius < kl_max < math.inf:
+                step_size *= math.sqrt(radius / kl_max)
+        return step_size
 
+    def _penalty(self, problem: PolicyProblem) -> float:
+        """C of the penalised form; 0 if a trust region is in force."""
+        if self.kl_penalty == "theory":
+            return theoretical_penalty(self.gamma, problem.max_advantage)
+        return self.kl_penalty or 0.0
 
-def _refuse_unexpected(arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
-        hint = f": {PPO_ARGUMENTS[name]}" if name in PPO_ARGUMENTS else ""
-        raise TypeError(f"TRPO() got an unexpected keyword argument {name!r} (= {value!r}){hint}.")
+    def _described(self, step: PolicyStep) -> dict[str, float]:
+        return super()._described(step) | {
+            "train/is_line_search_success": float(not step.reason),
+            "train/step_fraction": step.fraction,
+        }

@@ -4,9 +4,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
+from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
+
+from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.policy_problem import PolicyOutput
 
 ACTION_SPACES: dict[str, spaces.Space] = {
     "box": spaces.Box(-1, 1, (3,)),
@@ -25,6 +31,7 @@ OBSERVATION_SPACES: dict[str, spaces.Space] = {
     "dict": spaces.Dict({"vector": spaces.Box(-1, 1, (4,)), "image": IMAGE}),
 }
 POLICIES = {"image": "CnnPolicy", "dict": "MultiInputPolicy"}
+MASKABLE = [name for name, space in ACTION_SPACES.items() if not isinstance(space, spaces.Box)]
 SMALL = {"n_steps": 32, "device": "cpu", "seed": 0}
 
 
@@ -40,18 +47,42 @@ class RandomEnv(gym.Env):
         self.observation_space, self.action_space = observation_space, action_space
         self._episode_length = episode_length
         self._time = 0
+        self._rng = np.random.default_rng(0)
+        self._allowed: list[np.ndarray] | None = None
+
+    def action_masks(self) -> np.ndarray:
+        """Random masks that allow at least one option of each choice; a step then takes an allowed one."""
+        self._allowed = [self._rng.random(size) < 0.6 for size in options_of(self.action_space)]
+        for allowed in self._allowed:
+            allowed[self._rng.integers(len(allowed))] = True
+        return np.concatenate(self._allowed)
+
+    def _check(self, action: Any) -> None:
+        if self._allowed is not None:
+            pairs = zip(self._allowed, np.atleast_1d(action), strict=True)
+            assert all(allowed[int(choice)] for allowed, choice in pairs), "a forbidden action"
+        self._allowed = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             super().reset(seed=seed)
             self.observation_space.seed(seed)
+            self._rng = np.random.default_rng(seed)
         self._time = 0
         return self.observation_space.sample(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self._time += 1
+        self._check(action)
         reward = float(np.sum(action)) + 0.1 * self._time
         return self.observation_space.sample(), reward, self._time >= self._episode_length, False, {}
+
+
+def options_of(space: spaces.Space) -> list[int]:
+    """Options of each choice, in the order of a mask."""
+    if isinstance(space, spaces.MultiBinary):
+        return [2] * space.n
+    return [int(size) for size in (space.nvec if isinstance(space, spaces.MultiDiscrete) else [space.n])]
 
 
 class NoisyExtractor(BaseFeaturesExtractor):
@@ -68,7 +99,15 @@ class NoisyExtractor(BaseFeaturesExtractor):
 def make(algorithm: Any, action: str = "discrete", observation: str = "vector", **kwargs: Any) -> Any:
     """A small model of an algorithm on a `RandomEnv`."""
     env = RandomEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action])
-    return algorithm(POLICIES.get(observation, "MlpPolicy"), env, **{**SMALL, **kwargs})
+    if issubclass(algorithm, RecurrentPPO):
+        kwargs["policy_kwargs"] = {"lstm_hidden_size": 8, **kwargs.get("policy_kwargs", {})}
+    return algorithm(policy_name(algorithm, observation), env, **{**SMALL, **kwargs})
+
+
+def policy_name(algorithm: Any, observation: str) -> str:
+    """The alias of SB3's or sb3-contrib's policy for an observation space."""
+    name = POLICIES.get(observation, "MlpPolicy")
+    return name.replace("Policy", "LstmPolicy") if issubclass(algorithm, RecurrentPPO) else name
 
 
 def with_rollout(model: Any) -> Any:
@@ -77,6 +116,14 @@ def with_rollout(model: Any) -> Any:
     model.learn(model.n_steps)
     model.train = train
     return model
+
+
+def dense_fisher(policy: Any, batch: Batch, params: list[Tensor]) -> Tensor:
+    """The Hessian of the mean KL at θ_old, ``(P, P)``, one row at a time."""
+    output = PolicyOutput.of(policy, batch)
+    kl = batch.mean(output.family.kl(output.z.detach(), output.z))
+    slope = flatten(torch.autograd.grad(kl, params, create_graph=True))
+    return torch.stack([flatten(torch.autograd.grad(each, params, retain_graph=True)) for each in slope])
 
 
 def in_float64(model: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from envs import make, with_rollout
 
 import sb3_trpo_ext
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
@@ -39,6 +39,12 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam": (TRPO, {**SMALL, "cg_max_steps": 2, "critic": "adam", "batch_size": 4, "n_critic_updates": 2}),
     "ppo": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1.0}),
     "ppo-rolled-back": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1e-9}),
+    "max": (TRPO, {**SMALL, "cg_max_steps": 3, "trust_region": "max"}),
+    "npg": (NPG, {**SMALL, "cg_max_steps": 3}),
+    "ppo-penalty": (PPOPenalty, {**SMALL, "batch_size": 4, "n_epochs": 2, "target_kl": 1e-9}),
+    "recurrent": (RecurrentTRPO, {**SMALL, "cg_max_steps": 2}),
+    "recurrent-ppo": (RecurrentPPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2}),
+    "maskable": (MaskableTRPO, {**SMALL, "cg_max_steps": 2, "action": "multidiscrete"}),
 }
 
 
@@ -55,13 +61,14 @@ def state(model: Any) -> list[Any]:
         else:
             yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
-    return list(flat({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}))
+    everything = {"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}
+    return list(flat(everything | {"beta": getattr(model, "kl_coef", None)}))
 
 
 def prepared(arm: str, **changes: Any) -> Any:
     """A model with a full buffer and one update behind it, so that the optimiser has a state."""
     algorithm, options = ARMS[arm]
-    model = make(algorithm, "box", **{**options, **changes})
+    model = make(algorithm, **{"action": "box", **options, **changes})
     model.learn(8)
     return with_rollout(model)
 
@@ -94,6 +101,8 @@ def restore(model: Any, saved: dict[str, Any]) -> None:
     model.policy.load_state_dict(saved["policy"])
     model.policy.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it may keep the tensors it is given
     np.random.seed(0)
+    if isinstance(model, PPOPenalty):
+        model.kl_coef = saved["beta"]
 
 
 def spread(lines: int) -> list[int]:
@@ -104,6 +113,7 @@ def spread(lines: int) -> list[int]:
 def saved_state(model: Any) -> dict[str, Any]:
     """A copy to `restore`, which is restored right away, as loading an optimiser state may reorder it."""
     saved = copy.deepcopy({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()})
+    saved["beta"] = getattr(model, "kl_coef", None)
     restore(model, saved)
     return saved
 
@@ -131,7 +141,7 @@ def test_ctrl_c_between_any_two_lines(arm: str) -> None:
     assert state(model) == after
 
 
-@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo"])
+@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo", "ppo-penalty"])
 def test_ctrl_c_while_a_finished_update_is_undone(arm: str) -> None:
     model = prepared(arm)
     model.rollout_buffer.returns[0] = 1e30  # its square overflows: the update is rejected once parameters have moved
@@ -162,7 +172,7 @@ def test_nothing_moves_any_more_once_an_interrupt_is_caught(arm: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["get_distribution", "predict_values", "evaluate_actions"])
-@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo"])
+@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "npg", "ppo", "ppo-penalty", "recurrent", "maskable"])
 def test_an_exception_inside_the_policy(arm: str, method: str) -> None:
     model = prepared(arm)
     before, original = state(model), getattr(model.policy, method)
@@ -170,11 +180,11 @@ def test_an_exception_inside_the_policy(arm: str, method: str) -> None:
     for call in range(60):
         calls = [0]
 
-        def failing(*args: Any, limit: int = call, count: list[int] = calls) -> Any:
+        def failing(*args: Any, limit: int = call, count: list[int] = calls, **kwargs: Any) -> Any:
             count[0] += 1
             if count[0] > limit:
                 raise RuntimeError("broken layer")
-            return original(*args)
+            return original(*args, **kwargs)
 
         setattr(model.policy, method, failing)
         try:
@@ -184,7 +194,8 @@ def test_an_exception_inside_the_policy(arm: str, method: str) -> None:
             assert state(model) == before
         else:
             break
-    expected = {"get_distribution": True, "predict_values": arm != "ppo", "evaluate_actions": arm == "ppo"}
+    first_order = "ppo" in arm
+    expected = {"get_distribution": True, "predict_values": not first_order, "evaluate_actions": first_order}
     assert bool(failures) == expected[method]
 
 
@@ -243,7 +254,7 @@ def test_ten_rejections_in_a_row_warn_with_the_cure(monkeypatch: pytest.MonkeyPa
         model.train()
 
 
-@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "ppo"])
+@pytest.mark.parametrize("arm", ["gauss-newton", "adam", "npg", "ppo", "ppo-penalty", "recurrent", "maskable"])
 def test_returns_beyond_the_range_of_floats_take_nothing_with_them(
     arm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

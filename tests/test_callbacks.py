@@ -16,9 +16,12 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
 
 BOTH = pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+EVERY = pytest.mark.parametrize(
+    "algorithm", [TRPO, NPG, PPOClip, PPOPenalty, RecurrentTRPO, RecurrentPPOClip, MaskableTRPO]
+)
 
 
 class Recorder(BaseCallback):
@@ -35,7 +38,8 @@ class Recorder(BaseCallback):
         self.events.append("rollout start")
 
     def _on_step(self) -> bool:
-        assert {"infos", "dones", "rewards", "new_obs", "actions", "clipped_actions", "n_steps"} <= set(self.locals)
+        clipped = set() if isinstance(self.model, MaskableTRPO) else {"clipped_actions"}
+        assert {"infos", "dones", "rewards", "new_obs", "actions", "n_steps"} | clipped <= set(self.locals)
         return self.num_timesteps < self.stop_at
 
     def _on_rollout_end(self) -> None:
@@ -45,7 +49,7 @@ class Recorder(BaseCallback):
         self.events.append("training end")
 
 
-@BOTH
+@EVERY
 def test_callbacks_are_called_as_sb3_calls_them(algorithm: Any) -> None:
     recorder = Recorder()
     make(algorithm).learn(64, callback=recorder)
@@ -53,7 +57,7 @@ def test_callbacks_are_called_as_sb3_calls_them(algorithm: Any) -> None:
     assert recorder.events == ["training start", *rollouts, "training end"]
 
 
-@BOTH
+@EVERY
 def test_a_callback_that_returns_false_stops_training(algorithm: Any) -> None:
     recorder = Recorder(stop_at=40)
     model = make(algorithm).learn(1000, callback=recorder)
@@ -79,7 +83,7 @@ def test_evaluation_checkpoints_and_stopping(algorithm: Any, tmp_path: Path) -> 
     algorithm.load(tmp_path / "c_40_steps.zip", env=model.env).learn(32)
 
 
-@BOTH
+@EVERY
 def test_the_progress_bar(algorithm: Any) -> None:
     make(algorithm).learn(64, progress_bar=True)
 

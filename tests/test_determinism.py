@@ -4,7 +4,7 @@ import pytest
 import torch
 from envs import make, with_rollout
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gauss-newton": (TRPO, {"action": "box", "critic": "gauss_newton"}),
@@ -13,7 +13,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gsde": (TRPO, {"action": "box", "use_sde": True}),
     "chunks": (TRPO, {"action": "discrete", "fisher_chunk_size": 5, "sub_sampling_factor": 2}),
     "gsde-adam": (TRPO, {"action": "box", "use_sde": True, "critic": "adam", "batch_size": 16}),
+    "npg": (NPG, {"action": "box"}),
     "ppo": (PPOClip, {"action": "box", "batch_size": 16}),
+    "ppo-penalty": (PPOPenalty, {"action": "multidiscrete", "batch_size": 16}),
+    "recurrent": (RecurrentTRPO, {"action": "box", "curvature_samples": 10}),
+    "recurrent-ppo": (RecurrentPPOClip, {"action": "box", "batch_size": 16}),
+    "maskable": (MaskableTRPO, {"action": "multidiscrete"}),
     "ppo-gsde-dict": (PPOClip, {"action": "box", "observation": "dict", "use_sde": True, "batch_size": 16}),
 }
 

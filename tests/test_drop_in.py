@@ -11,13 +11,14 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO, PPOClip
 from sb3_trpo_ext.sb3.critic import AdamCritic, GaussNewtonCritic
-from sb3_trpo_ext.trpo import ADAM_DEFAULTS
+from sb3_trpo_ext.sb3.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
 
 PAIRS = [(TRPO, sb3_contrib.TRPO), (PPOClip, stable_baselines3.PPO)]
 OUR_LOG_KEYS = {
     "train/kl_max",
     "train/entropy",
     "train/step_fraction",
+    "train/step_size",
     "train/expected_improvement",
     "train/improvement",
     "train/cg_steps",
@@ -44,8 +45,17 @@ def test_the_arguments_are_theirs_then_ours_by_keyword(ours: Any, theirs: Any) -
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_learn_takes_the_same_arguments(ours: Any, theirs: Any) -> None:
     mine, peers = (list(inspect.signature(c.learn).parameters.values())[1:] for c in (ours, theirs))
-    names = {"TRPO": "TRPO", "PPO": "PPOClip"}
-    assert [(p.name, p.default) for p in mine] == [(p.name, names.get(p.default, p.default)) for p in peers]
+    of_the_class = {"TRPO": None, "PPO": None}
+    assert [(p.name, p.default) for p in mine[:-1]] == [(p.name, of_the_class.get(p.default, p.default)) for p in peers]
+    assert mine[-1].kind is inspect.Parameter.VAR_KEYWORD
+    with pytest.raises(TypeError, match="total"):
+        make(ours).learn(32, total=32)
+
+
+def test_tensorboard_calls_a_run_by_its_class(tmp_path: Any) -> None:
+    for algorithm, name in ((TRPO, None), (PPOClip, None), (TRPO, "mine")):
+        make(algorithm, tensorboard_log=str(tmp_path)).learn(32, tb_log_name=name)
+    assert {path.name for path in tmp_path.iterdir()} == {"TRPO_1", "PPOClip_1", "mine_1"}
 
 
 def test_the_log_has_their_keys_and_ours() -> None:
@@ -134,6 +144,14 @@ def test_what_was_tuned_for_contribs_critic_keeps_its_meaning(
     assert type(model._make_critic()) is kind
     model.save(tmp_path / "model")
     assert type(TRPO.load(tmp_path / "model", device="cpu")._make_critic()) is kind
+
+
+def test_trpos_defaults_are_those_of_the_other_natural_gradient_methods() -> None:
+    shared = inspect.signature(NaturalGradientAlgorithm.__init__).parameters
+    ours = inspect.signature(TRPO).parameters
+    names = set(shared) & set(ours) - {"self", "policy", "env"}
+    assert len(names) > 25
+    assert {name: ours[name].default for name in names} == {name: shared[name].default for name in names}
 
 
 def test_the_adam_critics_defaults_are_contribs() -> None:

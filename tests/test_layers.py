@@ -41,5 +41,9 @@ def test_the_sb3_layer_knows_no_algorithm(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_algorithms_stand_alone(name: str) -> None:
-    assert inside(imports(ROOT / f"{name}.py")) <= {"core", "sb3"}
+def test_algorithms_know_the_layers_below_and_each_others_public_classes(name: str) -> None:
+    path = ROOT / f"{name}.py"
+    assert inside(imports(path)) <= {"core", "sb3"} | ALGORITHMS - {name}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").removeprefix("sb3_trpo_ext.") in ALGORITHMS:
+            assert {alias.name for alias in node.names} <= set(sb3_trpo_ext.__all__)

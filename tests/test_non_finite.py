@@ -6,16 +6,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv
+from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv, policy_name
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
 
 STEP, ENV = 11, 1
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gauss-newton": (TRPO, {"critic": "gauss_newton"}),
     "adam": (TRPO, {"critic": "adam", "batch_size": 16, "fast_rollouts": False}),
+    "npg": (NPG, {}),
     "ppo": (PPOClip, {"batch_size": 16}),
+    "ppo-penalty": (PPOPenalty, {"batch_size": 16}),
+    "recurrent": (RecurrentTRPO, {"policy_kwargs": {"lstm_hidden_size": 8}}),
+    "maskable": (MaskableTRPO, {}),
 }
 
 
@@ -42,10 +46,11 @@ class Faulty(gym.Wrapper):
 def faulty_model(arm: str, place: str, value: float, observation: str = "vector") -> tuple[Any, Faulty]:
     algorithm, options = ARMS[arm]
     space = OBSERVATION_SPACES[observation]
-    faulty = Faulty(RandomEnv(space, ACTION_SPACES["box"], episode_length=50), place, value)
-    sound = RandomEnv(space, ACTION_SPACES["box"], episode_length=50)
-    policy = "MultiInputPolicy" if observation == "dict" else "MlpPolicy"
-    return algorithm(policy, DummyVecEnv([lambda: sound, lambda: faulty]), **SMALL, **options), faulty
+    action = ACTION_SPACES["multidiscrete" if algorithm is MaskableTRPO else "box"]
+    faulty = Faulty(RandomEnv(space, action, episode_length=50), place, value)
+    sound = RandomEnv(space, action, episode_length=50)
+    env = DummyVecEnv([lambda: sound, lambda: faulty])
+    return algorithm(policy_name(algorithm, observation), env, **SMALL, **options), faulty
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -9,7 +9,9 @@ import torch
 from envs import OBSERVATION_SPACES, RandomEnv, make
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext.sb3.critic import AdamCritic
+from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gauss-newton": (
@@ -22,14 +24,20 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "adam": (TRPO, {"critic": "adam", "batch_size": 16, "target_kl": lambda p: 0.01 + 0.01 * p, "ent_coef": 0.01}),
+    "max": (TRPO, {"trust_region": "max", "kl_penalty": 3.0, "ent_coef": lambda p: 0.01 * p}),
+    "npg": (NPG, {"step_size": lambda p: 0.1 * p}),
     "ppo": (PPOClip, {"batch_size": 16, "max_kl": 0.05, "clip_range": lambda p: 0.1 + 0.1 * p}),
+    "ppo-penalty": (PPOPenalty, {"batch_size": 16, "target_kl": 1e-4, "kl_coef_bounds": (0.1, 10.0)}),
+    "recurrent": (RecurrentTRPO, {"policy_kwargs": {"enable_critic_lstm": False, "lstm_hidden_size": 8}}),
+    "recurrent-ppo": (RecurrentPPOClip, {"batch_size": 16, "policy_kwargs": {"lstm_hidden_size": 8}}),
+    "maskable": (MaskableTRPO, {"action": "multidiscrete"}),
 }
 
 
 @pytest.fixture(params=ARMS)
 def model(request: pytest.FixtureRequest) -> Any:
     algorithm, options = ARMS[request.param]
-    return make(algorithm, "box", **options).learn(64)
+    return make(algorithm, **{"action": "box", **options}).learn(64)
 
 
 def test_a_saved_model_predicts_and_trains_on(model: Any, tmp_path: Path) -> None:
@@ -45,12 +53,16 @@ def test_a_saved_model_predicts_and_trains_on(model: Any, tmp_path: Path) -> Non
         "critic_kwargs",
         "kl_per_action_dim",
         "fisher_chunk_size",
-        "ent_coef",
         "max_kl",
         "batch_size",
+        "trust_region",
+        "kl_penalty",
+        "kl_coef",
+        "kl_coef_bounds",
     ):
         assert getattr(loaded, name, None) == getattr(model, name, None)
-    for name in ("target_kl", "clip_range"):
+    assert loaded.entropy_weight() == model.entropy_weight()
+    for name in ("target_kl", "clip_range", "step_size"):
         if callable(getattr(model, name, None)):
             assert getattr(loaded, name)(0.5) == getattr(model, name)(0.5)
     updates = loaded._n_updates
@@ -111,14 +123,15 @@ def test_the_optimiser_comes_back(model: Any, tmp_path: Path) -> None:
     loaded = type(model).load(tmp_path / "model", device="cpu")
     mine, theirs = (each.policy.optimizer.state_dict()["state"] for each in (loaded, model))
     assert mine.keys() == theirs.keys()
-    assert bool(mine) == (getattr(model, "critic", "") != "gauss_newton")
+    assert bool(mine) == (isinstance(model, FirstOrderAlgorithm) or isinstance(model._make_critic(), AdamCritic))
     assert all(torch.equal(mine[i][key], value) for i in theirs for key, value in theirs[i].items())
 
 
-def test_policies_and_parameters_copy(model: Any) -> None:
+def test_policies_and_parameters_copy(model: Any, request: pytest.FixtureRequest) -> None:
     sample = OBSERVATION_SPACES["vector"].sample()
     copied = pickle.loads(pickle.dumps(model.policy.state_dict()))
-    other = make(type(model), "box", **({"critic": model.critic, "batch_size": 16} if type(model) is TRPO else {}))
+    algorithm, options = ARMS[request.node.callspec.params["model"]]
+    other = make(algorithm, **{"action": "box", **options})
     other.policy.load_state_dict(copied)
     expected = model.predict(sample, deterministic=True)[0]
     np.testing.assert_array_equal(other.predict(sample, deterministic=True)[0], expected)

@@ -23,3 +23,34 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> T
         clip_range: ε > 0.
     """
     return torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
+
+
+def theoretical_penalty(gamma: float, max_advantage: float) -> float:
+    """C = 4εγ / (1-γ)², with which L(θ) - C · D_KL^max(θ_old, θ) bounds the return from below.
+
+    Maximising that bound improves the return at every step (Schulman et al. 2015, theorem 1 and algorithm 1), by steps
+    that shrink with (1-γ)²: at γ = 0.99 and ε = 1, C is 39 600.
+
+    Args:
+        gamma: Discount factor γ in [0, 1).
+        max_advantage: ε = max |A(s,a)|.
+    """
+    return 4.0 * max_advantage * gamma / (1.0 - gamma) ** 2
+
+
+def adapted_penalty(penalty: float, divergence: float, target: float) -> float:
+    """The next β of a KL penalty: half where the policy moved less than asked, double where it moved more.
+
+    Half if d < target / 1.5, double if d > 1.5 · target, the same between, and where d is not a number (Schulman et
+    al. 2017, section 4).
+
+    Args:
+        penalty: β.
+        divergence: d, the mean KL divergence that the update reached.
+        target: d_targ.
+    """
+    if divergence < target / 1.5:
+        return penalty / 2.0
+    if divergence > target * 1.5:
+        return penalty * 2.0
+    return penalty

@@ -8,7 +8,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -21,12 +21,12 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
-from sb3_trpo_ext.sb3.checks import check_observation, check_rollout
+from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_rollout
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
@@ -39,19 +39,28 @@ ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 REJECTIONS_BEFORE_WARNING = 10
 
 
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
+
+
 class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
-class UpdateCount:
-    """The number of updates that a model has made, to be put back with an update that is undone."""
+class Attributes:
+    """Numbers that a model keeps beside its policy, to be put back with an update that is undone.
 
-    def __init__(self, model: OnPolicyAlgorithm) -> None:
-        self._model, self._count = model, model._n_updates
+    Args:
+        model: The model.
+        *names: Its attributes.
+    """
+
+    def __init__(self, model: OnPolicyAlgorithm, *names: str) -> None:
+        self._model, self._saved = model, {name: getattr(model, name) for name in names}
 
     def restore(self) -> None:
-        """Put the count back."""
-        self._model._n_updates = self._count
+        """Put them back."""
+        for name, value in self._saved.items():
+            setattr(self._model, name, value)
 
 
 class TrustRegionAlgorithm(OnPolicyAlgorithm):
@@ -87,18 +96,34 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         if action_distribution is not None:
             family_of(action_distribution)
 
-    @abstractmethod
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
+        if not callable(self.ent_coef):
+            check_finite("ent_coef", self.ent_coef)
+
+    def entropy_weight(self) -> float:
+        """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
+        value = self.ent_coef
+        if callable(value):
+            value = value(self._current_progress_remaining)
+            check_finite("ent_coef", value)
+        return float(value)
 
     @abstractmethod
     def _update(self) -> dict[str, float]:
         """Update policy and critic from the full rollout buffer; returns what to log."""
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
     ) -> bool:
         """Collect a rollout as SB3 does, and refuse one that is not finite.
+
+        Args:
+            env: The environments.
+            callback: Called at every step.
+            rollout_buffer: The buffer to fill.
+            n_rollout_steps: Steps of each environment.
+            *args: What a parent class of sb3-contrib takes beyond these.
 
         Raises:
             ValueError: If an observation, action, reward, value, log-probability, advantage or return is NaN or
@@ -108,7 +133,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         start = time.perf_counter()
         try:
             try:
-                completed = self._collect(env, callback, rollout_buffer, n_rollout_steps)
+                completed = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
             except Exception as error:
                 # A policy that refuses NaN says nothing of where it came from.
                 try:
@@ -125,7 +150,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         return completed
 
     def _collect(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
     ) -> bool:
         """Collect by the fast path where it covers the model, otherwise by SB3's; ``rollout_path`` says which."""
         fast, path = None, "stable_baselines3: fast_rollouts=False"
@@ -140,7 +165,38 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         with cheap_copies(env) if self.fast_rollouts else nullcontext():
             if fast is not None:
                 return fast.collect(callback)
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, *args)
+
+    def learn(
+        self: SelfAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """Train for ``total_timesteps`` steps of all environments together.
+
+        Args:
+            total_timesteps: As in SB3.
+            callback: As in SB3.
+            log_interval: As in SB3.
+            tb_log_name: As in SB3; None for the name of the class.
+            reset_num_timesteps: As in SB3.
+            progress_bar: As in SB3.
+            **kwargs: What a parent class of sb3-contrib takes beyond these.
+        """
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name or type(self).__name__,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+            **kwargs,
+        )
 
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction."""
@@ -167,7 +223,11 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""
-        return policy_checkpoint(self.policy), OptimizerCheckpoint(self.policy.optimizer), UpdateCount(self)
+        return (
+            policy_checkpoint(self.policy),
+            OptimizerCheckpoint(self.policy.optimizer),
+            Attributes(self, "_n_updates"),
+        )
 
     def _log(self, record: dict[str, float]) -> None:
         buffer = self.rollout_buffer

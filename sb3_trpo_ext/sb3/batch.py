@@ -10,19 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from numpy.typing import NDArray
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, PyTorchObs, RolloutBufferSamples
-from torch import Tensor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-VIEWED_BUFFERS = (RolloutBuffer, DictRolloutBuffer)
-"""SB3's own buffers, whose arrays are known."""
-
-MOVED_AT_ONCE = 256 * 2**20
-"""Bytes of observations up to which all of them are put on the policy's device for the time of an update."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,8 @@ class Batch:
         returns: Regression targets of the critic, ``(N,)``.
         old_values: What the critic said when they were collected, ``(N,)``.
         weights: Sample weights, ``(N,)``, summing to 1 over the whole batch and to less over a part of it.
+        action_masks: Which actions were allowed, as sb3-contrib's maskable policies take them, ``(N, K)``; or None.
+        old_z: The coordinates of π_old, ``(N, K)``, where an algorithm needs them; or None.
     """
 
     observations: PyTorchObs
@@ -46,14 +40,20 @@ class Batch:
     returns: Tensor
     old_values: Tensor
     weights: Tensor
+    action_masks: Tensor | None = None
+    old_z: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """A part of the batch: views of it by a slice, copies by a tensor of indices."""
+        return Batch(*self._at(index))
+
+    def _at(self, index: slice | Tensor) -> tuple[Any, ...]:
+        """The fields of a part, in order."""
         observations = self.observations
-        return Batch(
+        return (
             {key: value[index] for key, value in observations.items()}
             if isinstance(observations, dict)
             else observations[index],
@@ -63,6 +63,8 @@ class Batch:
             self.returns[index],
             self.old_values[index],
             self.weights[index],
+            None if self.action_masks is None else self.action_masks[index],
+            None if self.old_z is None else self.old_z[index],
         )
 
     @property
@@ -97,6 +99,33 @@ class Batch:
         part = self[torch.from_numpy(chosen)]
         return replace(part, weights=part.weights / part.weights.sum())
 
+    def distribution(self, policy: ActorCriticPolicy) -> Distribution:
+        """π(·|s), of which `unpadded` rows are the samples' own.
+
+        SB3 keeps one object for it: it holds until the policy's next forward pass.
+        """
+        if self.action_masks is None:
+            return policy.get_distribution(self.inputs)
+        return policy.get_distribution(self.inputs, action_masks=self.action_masks)  # type: ignore[call-arg]
+
+    def values(self, policy: ActorCriticPolicy) -> Tensor:
+        """V(s), ``(N,)``."""
+        return policy.predict_values(self.inputs).flatten()
+
+    def evaluate_actions(self, policy: ActorCriticPolicy) -> tuple[Tensor, Tensor, Tensor | None]:
+        """V(s), log π(a|s) and, if it has a closed form, the entropy of π(·|s), ``(N,)`` each, in one forward pass."""
+        masks = {} if self.action_masks is None else {"action_masks": self.action_masks}
+        values, log_prob, entropy = policy.evaluate_actions(self.inputs, self.actions, **masks)
+        return values.flatten(), log_prob, entropy
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Samples -> the rows that the policy is given; there is nothing to pad here."""
+        return rows
+
+    def unpadded(self, rows: Tensor) -> Tensor:
+        """What the policy returned -> the rows of the samples."""
+        return rows
+
     def mean(self, values: Tensor) -> Tensor:
         """This part's share of the mean of ``values`` ``(N,)`` over samples: every mean goes through here."""
         return (self.weights * values).sum()
@@ -109,112 +138,14 @@ class Batch:
         return replace(self, advantages=(self.advantages - mean) / (variance.sqrt() + 1e-8))
 
 
-def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
-    """All samples of a full rollout buffer.
-
-    The arrays of SB3's own buffers are viewed as they are, so that a rollout of images is not in memory twice; another
-    class of buffer is asked by its ``get``.
-    """
-    if type(buffer) in VIEWED_BUFFERS:
-        return _viewed(buffer, action_space)
-    with unchanged_numpy_state():
-        data = next(iter(buffer.get(batch_size=None)))
-    return _of_samples(data, buffer, action_space)
-
-
-def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: spaces.Space) -> Iterator[Batch]:
-    """One epoch of minibatches of a rollout, those that the buffer's ``get`` would give, drawn as it draws them.
-
-    Args:
-        buffer: The full buffer.
-        batch: Its `whole_rollout`, or that with other observations.
-        size: Samples in a minibatch; the last may be smaller.
-        action_space: For buffers that are not viewed: those are asked by their ``get``.
-    """
-    if type(buffer) not in VIEWED_BUFFERS:
-        for data in buffer.get(size):
-            yield _of_samples(data, buffer, action_space)
-        return
-    order = torch.from_numpy(_env_major(buffer)[np.random.permutation(len(batch))])
-    if batch.nbytes <= MOVED_AT_ONCE:
-        yield from batch[order].split(size)
-    else:
-        for part in order.split(size):
-            yield batch[part]
-
-
-def _of_samples(
-    data: RolloutBufferSamples | DictRolloutBufferSamples, buffer: RolloutBuffer, action_space: spaces.Space
-) -> Batch:
-    if data.old_log_prob.numel() != data.advantages.numel():
-        raise ValueError(
-            f"The rollout buffer {type(buffer).__name__} returned {data.old_log_prob.numel()} log-probabilities for "
-            f"{data.advantages.numel()} advantages: `rollout_buffer_class.get` must return one of each a sample."
-        )
-    return Batch(
-        data.observations,
-        policy_actions(data.actions, action_space),
-        data.old_log_prob.flatten(),
-        data.advantages.flatten(),
-        data.returns.flatten(),
-        data.old_values.flatten(),
-        torch.full_like(data.advantages.flatten(), 1.0 / data.advantages.numel()),
-    )
-
-
-def _viewed(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
-    size = buffer.buffer_size * buffer.n_envs
-
-    def rows(array: NDArray[Any], *shape: int) -> Tensor:
-        view = torch.from_numpy(array.reshape(size, *shape))
-        return view.to(buffer.device) if array.nbytes <= MOVED_AT_ONCE else view
-
-    observations, shapes = buffer.observations, buffer.obs_shape
-    return Batch(
-        {key: rows(value, *shapes[key]) for key, value in observations.items()}
-        if isinstance(observations, dict) and isinstance(shapes, dict)
-        else rows(observations, *shapes),
-        policy_actions(rows(buffer.actions, buffer.action_dim).to(buffer.device).float(), action_space),
-        rows(buffer.log_probs).to(buffer.device),
-        rows(buffer.advantages).to(buffer.device),
-        rows(buffer.returns).to(buffer.device),
-        rows(buffer.values).to(buffer.device),
-        torch.full((size,), 1.0 / size, device=buffer.device),
-    )
-
-
-def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:
-    """Where SB3's order of samples, one environment after the other, finds them in a viewed buffer.
-
-    SB3 reorders a buffer at the first call of its ``get``; before, it is ordered by time.
-    """
-    index = np.arange(buffer.buffer_size * buffer.n_envs)
-    return index if buffer.generator_ready else index.reshape(buffer.buffer_size, buffer.n_envs).T.reshape(-1)
-
-
-def policy_actions(actions: Tensor, action_space: spaces.Space) -> Tensor:
-    """Actions as stored by a rollout buffer -> as ``log_prob`` takes them (Discrete: integers, no last axis)."""
-    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
-
-
-@contextmanager
-def unchanged_numpy_state() -> Iterator[None]:
-    """Leave numpy's global random state, which SB3's rollout buffer draws its permutations from, as it was."""
-    state = np.random.get_state()
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
 @contextmanager
 def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     """Evaluate the policy in one mode, and with operations that can be differentiated twice.
 
     Evaluation mode, the mode in which actions were sampled: dropout is off and batch norm uses, and does not move,
-    its running statistics, so that the KL divergence at θ_old is exactly zero. Fused attention kernels have no double
-    backward and are replaced by the plain ones; modules compiled by ``torch.compile`` run uncompiled for the same
-    reason.
+    its running statistics, so that the KL divergence at θ_old is exactly zero. Fused kernels of attention and of
+    recurrent layers (cuDNN's) have no double backward and are replaced by the plain ones; modules compiled
+    by ``torch.compile`` run uncompiled for the same reason.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -223,6 +154,8 @@ def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in policy.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         policy.set_training_mode(False)
         yield
 

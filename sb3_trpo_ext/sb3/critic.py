@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
@@ -19,11 +20,15 @@ from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_line_search
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import VIEWED_BUFFERS, Batch, minibatches
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches
 from sb3_trpo_ext.sb3.checks import check_integer, check_number
 from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
+
+KNOWN_VALUES = (ActorCriticPolicy.predict_values, MaskableActorCriticPolicy.predict_values)
+"""Ways to V that go from the critic's features through its MLP."""
 
 
 class Critic(ABC):
@@ -150,15 +155,16 @@ class ValueFunction:
 
     def __call__(self, batch: Batch) -> Tensor:
         """V on a part of `batch`, ``(N,)``."""
-        inputs = batch.inputs
-        if self._fixed and isinstance(inputs, Tensor):
-            return self._policy.value_net(self._policy.mlp_extractor.forward_critic(inputs)).flatten()
-        return self._policy.predict_values(inputs).flatten()
+        if not self._fixed:
+            return batch.values(self._policy)
+        features = batch.inputs
+        assert isinstance(features, Tensor)
+        return self._policy.value_net(self._policy.mlp_extractor.forward_critic(features)).flatten()
 
     def _has_fixed_features(self, size: int) -> bool:
         """Whether V is SB3's own, its extractor not to be moved, and the features fit into memory."""
         policy = self._policy
-        if "predict_values" in vars(policy) or type(policy).predict_values is not ActorCriticPolicy.predict_values:
+        if "predict_values" in vars(policy) or type(policy).predict_values not in KNOWN_VALUES:
             return False
         extractor = policy.vf_features_extractor
         moved = set(self.params)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sb3_contrib.common.maskable.distributions import (
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -72,7 +76,8 @@ class GaussianFamily(Family):
 class CategoricalFamily(Family):
     """Independent categorical choices (Discrete, MultiDiscrete), z = log-probabilities, K = Σ sizes.
 
-    KL(old‖new) = Σ_choices Σ_i p_i (log p_i - log p'_i) and M = diag(p) - p pᵀ for each choice.
+    KL(old‖new) = Σ_choices Σ_i p_i (log p_i - log p'_i) and M = diag(p) - p pᵀ for each choice. An option that is
+    masked out has p = 0 and a finite log p: it adds exactly nothing to either.
 
     Attributes:
         sizes: Number of options of each choice.
@@ -82,7 +87,8 @@ class CategoricalFamily(Family):
 
     def coordinates(self, distribution: Distribution) -> Tensor:
         """Read z = log p, normalised for each choice."""
-        choices: Any = distribution.distribution
+        maskable = isinstance(distribution, MaskableMultiCategoricalDistribution)
+        choices: Any = distribution.distributions if maskable else distribution.distribution  # type: ignore[attr-defined]
         return torch.cat([choice.logits for choice in (choices if isinstance(choices, list) else [choices])], dim=1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
@@ -126,14 +132,14 @@ def family_of(distribution: Distribution) -> Family:
     """
     if isinstance(distribution, (DiagGaussianDistribution, StateDependentNoiseDistribution)):
         return GaussianFamily()
-    if isinstance(distribution, CategoricalDistribution):
+    if isinstance(distribution, (CategoricalDistribution, MaskableCategoricalDistribution)):
         return CategoricalFamily((distribution.action_dim,))
-    if isinstance(distribution, MultiCategoricalDistribution):
+    if isinstance(distribution, (MultiCategoricalDistribution, MaskableMultiCategoricalDistribution)):
         return CategoricalFamily(tuple(int(size) for size in distribution.action_dims))
     if isinstance(distribution, BernoulliDistribution):
         return BernoulliFamily()
     raise NotImplementedError(
         f"No KL divergence and Fisher metric are known for the action distribution {type(distribution).__name__}. "
-        "Let the policy return one of SB3's distributions (or a subclass): diagonal Gaussian, gSDE, categorical, "
-        "multi-categorical or Bernoulli."
+        "Let the policy return one of SB3's or sb3-contrib's distributions (or a subclass): diagonal Gaussian, gSDE, "
+        "categorical, multi-categorical, Bernoulli, or a maskable one."
     )

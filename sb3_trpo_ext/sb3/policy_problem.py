@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.distributions import Family, family_of
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
+
+KNOWN_POLICIES = (ActorCriticPolicy, MaskableActorCriticPolicy, RecurrentActorCriticPolicy)
+"""Policies that keep one distribution, which ``evaluate_actions`` sets."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class PolicyOutput:
     """π(·|s) at the states of a batch, to be used before the policy's next forward pass.
 
     Attributes:
-        distribution: SB3's object, which the policy overwrites at the next forward pass.
+        distribution: SB3's object, padding included, which the policy overwrites at the next forward pass.
         family: Its geometry.
         z: Its coordinates, ``(N, K)``.
     """
@@ -51,9 +57,27 @@ class PolicyOutput:
     @classmethod
     def of(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
         """Run the policy on a batch."""
-        distribution = policy.get_distribution(batch.inputs)
+        distribution = batch.distribution(policy)
         family = family_of(distribution)
-        return cls(distribution, family, family.coordinates(distribution))
+        return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
+
+    @classmethod
+    def after_evaluation(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
+        """The same, if ``evaluate_actions`` was the last that the policy was asked on that batch.
+
+        The policies of SB3 and sb3-contrib then still hold the distribution; others are run once more.
+        """
+        if not _keeps_its_distribution(policy):
+            return cls.of(policy, batch)
+        family = family_of(policy.action_dist)
+        return cls(policy.action_dist, family, batch.unpadded(family.coordinates(policy.action_dist)))
+
+
+def _keeps_its_distribution(policy: ActorCriticPolicy) -> bool:
+    methods = ("evaluate_actions", "_get_action_dist_from_latent")
+    return not any(name in vars(policy) for name in methods) and all(
+        any(getattr(type(policy), name) is getattr(known, name) for known in KNOWN_POLICIES) for name in methods
+    )
 
 
 class PolicyProblem:
@@ -86,10 +110,28 @@ class PolicyProblem:
         self._old: list[Tensor] = []
         self._graph: PolicyOutput | None = None
 
+    @property
+    def old_z(self) -> Tensor:
+        """The coordinates of π_old at the samples, ``(N, K)``, after the first call."""
+        return torch.cat(self._old)
+
+    @property
+    def max_advantage(self) -> float:
+        """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
+        return float(self._batch.advantages.abs().max())
+
     @torch.no_grad()
     def evaluate(self) -> PolicyEvaluation:
-        """Evaluate the policy with the parameters it has now, without a graph."""
-        return self._summary([shares for _, shares in self._visit()])
+        """Evaluate the policy with the parameters it has now, without a graph.
+
+        Where these are beyond what torch takes for a distribution (an infinite σ), the evaluation is all NaN.
+        """
+        try:
+            return self._summary([shares for _, shares in self._visit()])
+        except ValueError as error:
+            if not hasattr(self, "start") or "to satisfy the constraint" not in str(error):
+                raise
+            return PolicyEvaluation(math.nan, math.nan, math.nan, math.nan)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """∇L at θ_old for the actor: every trainable parameter that the policy's output reaches.
@@ -145,13 +187,12 @@ class PolicyProblem:
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """A chunk's shares of L and of the entropy."""
-        log_prob = distribution.log_prob(chunk.actions)
+        log_prob = chunk.unpadded(distribution.log_prob(chunk.padded(chunk.actions)))
         ratio = torch.exp(log_prob - chunk.old_log_prob)
-        entropy = distribution.entropy()
-        if entropy is None:
-            # No closed form (squashed actions). E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has
-            # gradient zero in expectation.
-            entropy = -ratio * log_prob
+        closed_form = distribution.entropy()
+        # Without one (squashed actions), E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has gradient
+        # zero in expectation.
+        entropy = -ratio * log_prob if closed_form is None else chunk.unpadded(closed_form)
         surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
         return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
 

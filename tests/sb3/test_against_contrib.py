@@ -14,14 +14,15 @@ from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.trust_region import boundary_scale
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch, whole_rollout
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 STEPS = 300
 
 
 def doubled(batch: Batch) -> Batch:
-    return Batch(**{k: v.double() if v.is_floating_point() else v for k, v in vars(batch).items()})
+    return Batch(**{k: v.double() if v is not None and v.is_floating_point() else v for k, v in vars(batch).items()})
 
 
 def our_step(model: Any, batch: Batch) -> Tensor:

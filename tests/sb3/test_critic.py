@@ -12,7 +12,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3.batch import Batch, whole_rollout
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, ValueFunction, ValueProblem
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.sb3 import device
-from sb3_trpo_ext.sb3.batch import whole_rollout
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.device import affordable_samples
 
 PEAK = """

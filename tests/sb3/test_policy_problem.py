@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, whole_rollout
+from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 

@@ -1,0 +1,82 @@
+"""Natural Policy Gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+
+from sb3_trpo_ext.core.trust_region import boundary_scale
+from sb3_trpo_ext.sb3.checks import check_number
+from sb3_trpo_ext.sb3.natural_gradient import Direction, Move, NaturalGradientAlgorithm
+from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+
+
+class NPG(NaturalGradientAlgorithm):
+    """Natural Policy Gradient (Kakade 2002), its direction truncated after a few conjugate-gradient steps.
+
+    Each update is θ ← θ_old + α F⁻¹∇L, with α = sqrt(2δ / gᵀF⁻¹g) at the boundary of the quadratic trust region
+    ("truncated natural policy gradient" in Duan et al. 2016, https://arxiv.org/abs/1604.06778, section 4.2), or with
+    ``step_size`` the fixed α of Kakade, which maximises gᵀs - 1/(2α) sᵀFs. It is `TRPO` without the line search:
+    cheaper by a few forward passes, and nothing keeps the true KL divergence below δ. An update that is not finite
+    leaves the policy as it was, bit for bit.
+
+    Args:
+        policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.
+        env: The environment, or its Gymnasium id.
+        step_size: α > 0, a float or a schedule of the remaining progress, in place of ``target_kl``. None scales to
+            the boundary.
+        _init_setup_model: Build the networks at construction.
+        **kwargs: Those of `TRPO` but for the line search's, ``trust_region`` and ``kl_penalty``.
+
+    Raises:
+        TypeError: For an unknown argument; one of TRPO's or PPO's is answered with what to use instead.
+        ValueError: If an argument is out of range.
+    """
+
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        **NaturalGradientAlgorithm.refused_arguments,
+        **dict.fromkeys(
+            ("line_search_shrinking_factor", "line_search_max_iter", "line_search_accept_ratio"),
+            "it has no line search: use the class TRPO",
+        ),
+        "trust_region": "without a line search only the quadratic model of the mean KL bounds it: use the class TRPO",
+        "kl_penalty": "its penalised form is `step_size` = 1 / kl_penalty",
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        step_size: float | Schedule | None = None,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, env, **kwargs)
+        self.step_size = step_size
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.step_size is not None and not callable(self.step_size):
+            check_number("step_size", self.step_size, positive=True, hint="Pass None to scale to `target_kl`.")
+
+    def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
+        step_size = self._step_size(direction)
+        direction.go_to(step_size)
+        evaluation = problem.evaluate()
+        if math.isfinite(evaluation.objective) and math.isfinite(evaluation.divergence):
+            return Move(evaluation, step_size)
+        return Move(None, step_size, fraction=0.0, reason="the objective or the KL divergence there is not finite")
+
+    def _step_size(self, direction: Direction) -> float:
+        """α in force."""
+        if self.step_size is None:
+            return boundary_scale(direction.curvature, self.trust_region_radius())
+        value = self.step_size(self._current_progress_remaining) if callable(self.step_size) else self.step_size
+        return check_number("step_size", value)

@@ -1,0 +1,200 @@
+"""Proximal Policy Optimization, adaptive KL penalty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor
+
+from sb3_trpo_ext.core.objectives import adapted_penalty, importance_sampled_surrogate
+from sb3_trpo_ext.core.trust_region import Restorable
+from sb3_trpo_ext.sb3.algorithm import Attributes
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.sb3.checks import check_number
+from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+
+
+class PPOPenalty(FirstOrderAlgorithm):
+    """Proximal Policy Optimization with a KL penalty (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+    Minibatch ascent on E[r·Â] - β E[KL(π_old(·|s)‖π_θ(·|s))] (equation 8) less ``vf_coef`` times the value loss plus
+    ``ent_coef`` times the entropy. The KL divergence is the exact joint one of whole distributions, not an estimate
+    from the actions that were taken. After an update that moved the policy by d, β is halved if d < d_targ / 1.5 and
+    doubled if d > 1.5 d_targ (section 4); d is measured on the whole rollout. β is saved with the model
+    (``model.kl_coef``). An update is atomic, β included.
+
+    Args:
+        policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.
+        env: The environment, or its Gymnasium id.
+        learning_rate: Step size, a float or a schedule of the remaining progress.
+        n_steps: Steps of each environment in a rollout.
+        batch_size: Minibatch size.
+        n_epochs: Passes over the rollout in an update.
+        gamma: Discount factor.
+        gae_lambda: λ of generalised advantage estimation (Schulman et al. 2016).
+        target_kl: d_targ, a float or a schedule of the remaining progress.
+        kl_coef: β of the first update.
+        adaptive: Adapt β; False keeps it.
+        kl_coef_bounds: Smallest and largest β. Without an upper one, β can grow in a phase when the KL divergence does
+            not answer to it until it stops all learning.
+        clip_range_vf: Clipping of the value function, a float or a schedule; None for none.
+        normalize_advantage: Standardise Â over each minibatch.
+        ent_coef: Weight of the entropy bonus, a float or a schedule of the remaining progress.
+        vf_coef: Weight of the value loss.
+        max_grad_norm: Largest norm of a gradient; longer ones are scaled down.
+        use_sde: Use generalised state-dependent exploration (gSDE).
+        sde_sample_freq: Steps between new gSDE noise matrices; -1 for one a rollout.
+        rollout_buffer_class: SB3's ``RolloutBuffer`` or ``DictRolloutBuffer``; None chooses by the observation space.
+        rollout_buffer_kwargs: Its further arguments.
+        stats_window_size: Episodes in the logged means.
+        tensorboard_log: Directory for TensorBoard; None for none.
+        policy_kwargs: Further arguments of the policy.
+        verbose: 0 silent, 1 info, 2 debug.
+        seed: Seed of all random generators.
+        device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
+        max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
+            back, optimiser included, and ends the update. None for no bound.
+        fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``
+            tells): the same distribution from another random stream. False always collects as SB3 does.
+        _init_setup_model: Build the networks at construction.
+
+    Raises:
+        AssertionError: If advantages are normalised over a single sample, as in SB3's PPO.
+        ValueError: If an argument is out of range.
+    """
+
+    loss_statistic = "kl_penalty"
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        target_kl: float | Schedule = 0.01,
+        kl_coef: float = 1.0,
+        adaptive: bool = True,
+        kl_coef_bounds: tuple[float, float] = (1e-3, 1e3),
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | Schedule = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        max_kl: float | None = None,
+        fast_rollouts: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            max_kl=max_kl,
+            fast_rollouts=fast_rollouts,
+        )
+        self.target_kl = target_kl
+        self.kl_coef = kl_coef
+        self.adaptive = adaptive
+        self.kl_coef_bounds = kl_coef_bounds
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.target_kl = FloatSchedule(self.target_kl)
+        low, high = self.kl_coef_bounds
+        self.kl_coef_bounds = (low, high)  # a list, if it comes from a file
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if not callable(self.target_kl):
+            check_number("target_kl", self.target_kl, positive=True, hint="0.01 is a usual target.")
+        low, high = self.kl_coef_bounds
+        for bound in self.kl_coef_bounds:
+            if bound != math.inf:
+                check_number("kl_coef_bounds", bound)
+        if not low <= check_number("kl_coef", self.kl_coef) <= high:
+            raise ValueError(
+                f"`kl_coef` must lie within `kl_coef_bounds` {self.kl_coef_bounds}, got {self.kl_coef}. Change either."
+            )
+
+        if self.rollout_buffer_class is not None and self.rollout_buffer_class not in VIEWED_BUFFERS:
+            known = ", ".join(kind.__name__ for kind in VIEWED_BUFFERS)
+            raise ValueError(
+                f"`rollout_buffer_class` must be one of {known}, got {self.rollout_buffer_class.__name__}: PPOPenalty "
+                "keeps the distribution of each sample by its place in the buffer. Use PPOClip with another buffer."
+            )
+
+    def _prepared(self, batch: Batch, problem: PolicyProblem) -> Batch:
+        return replace(batch, old_z=problem.old_z)
+
+    def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        output = PolicyOutput.after_evaluation(self.policy, part)
+        assert part.old_z is not None  # see _prepared
+        divergence = output.family.kl(part.old_z, output.z).mean()
+        objective = importance_sampled_surrogate(ratio, advantages).mean() - self.kl_coef * divergence
+        return -objective, self.kl_coef * divergence.detach()
+
+    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+        return {
+            "train/kl_coef": self.kl_coef,
+            "train/target_kl": self._target(),
+            **super()._described(evaluation),
+        }
+
+    def _adapt(self, divergence: float) -> None:
+        if self.adaptive:
+            low, high = self.kl_coef_bounds
+            self.kl_coef = min(max(adapted_penalty(self.kl_coef, divergence, self._target()), low), high)
+
+    def _target(self) -> float:
+        """d_targ in force."""
+        value = self.target_kl(self._current_progress_remaining)  # type: ignore[operator]
+        return check_number("target_kl", value, positive=True, hint="Its schedule must stay positive until the end.")
+
+    def _checkpoints(self) -> tuple[Restorable, ...]:
+        return *super()._checkpoints(), Attributes(self, "kl_coef")

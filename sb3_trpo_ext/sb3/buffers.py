@@ -1,0 +1,153 @@
+"""From SB3's and sb3-contrib's rollout buffers to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
+from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
+from torch import Tensor
+
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.sequences import SequenceBatch
+
+MASKABLE_BUFFERS = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+RECURRENT_BUFFERS = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
+
+VIEWED_BUFFERS = (RolloutBuffer, DictRolloutBuffer, *MASKABLE_BUFFERS)
+"""The buffers of SB3 and sb3-contrib, whose arrays are known."""
+
+MOVED_AT_ONCE = 256 * 2**20
+"""Bytes of observations up to which all of them are put on the policy's device for the time of an update."""
+
+
+def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
+    """All samples of a full rollout buffer, those of a recurrent one as sequences.
+
+    The arrays of SB3's own buffers are viewed as they are, so that a rollout of images is not in memory twice; another
+    class of buffer is asked by its ``get``.
+    """
+    if isinstance(buffer, RECURRENT_BUFFERS):
+        return _sequences(buffer, action_space)
+    if type(buffer) in VIEWED_BUFFERS:
+        return _viewed(buffer, action_space)
+    with unchanged_numpy_state():
+        data = next(iter(buffer.get(batch_size=None)))
+    return _of_samples(data, buffer, action_space)
+
+
+def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: spaces.Space) -> Iterator[Batch]:
+    """One epoch of minibatches of a rollout, those that the buffer's ``get`` would give, drawn as it draws them.
+
+    Args:
+        buffer: The full buffer.
+        batch: Its `whole_rollout`, or that with other observations.
+        size: Samples in a minibatch; the last may be smaller.
+        action_space: For buffers that are not viewed: those are asked by their ``get``.
+    """
+    if isinstance(batch, SequenceBatch):
+        order = torch.from_numpy(np.roll(np.arange(len(batch)), -np.random.randint(len(batch))))
+        for part in order.split(size):
+            yield batch[part]
+        return
+    if type(buffer) not in VIEWED_BUFFERS:
+        for data in buffer.get(size):
+            yield _of_samples(data, buffer, action_space)
+        return
+    order = torch.from_numpy(_env_major(buffer)[np.random.permutation(len(batch))])
+    if batch.nbytes <= MOVED_AT_ONCE:
+        yield from batch[order].split(size)
+    else:
+        for part in order.split(size):
+            yield batch[part]
+
+
+def _of_samples(
+    data: RolloutBufferSamples | DictRolloutBufferSamples, buffer: RolloutBuffer, action_space: spaces.Space
+) -> Batch:
+    if data.old_log_prob.numel() != data.advantages.numel():
+        raise ValueError(
+            f"The rollout buffer {type(buffer).__name__} returned {data.old_log_prob.numel()} log-probabilities for "
+            f"{data.advantages.numel()} advantages: `rollout_buffer_class.get` must return one of each a sample."
+        )
+    return Batch(
+        data.observations,
+        policy_actions(data.actions, action_space),
+        data.old_log_prob.flatten(),
+        data.advantages.flatten(),
+        data.returns.flatten(),
+        data.old_values.flatten(),
+        torch.full_like(data.advantages.flatten(), 1.0 / data.advantages.numel()),
+        getattr(data, "action_masks", None),
+    )
+
+
+def _viewed(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
+    size = buffer.buffer_size * buffer.n_envs
+
+    def rows(array: NDArray[Any], *shape: int) -> Tensor:
+        view = torch.from_numpy(array.reshape(size, *shape))
+        return view.to(buffer.device) if array.nbytes <= MOVED_AT_ONCE else view
+
+    observations, shapes = buffer.observations, buffer.obs_shape
+    return Batch(
+        {key: rows(value, *shapes[key]) for key, value in observations.items()}
+        if isinstance(observations, dict) and isinstance(shapes, dict)
+        else rows(observations, *shapes),
+        policy_actions(rows(buffer.actions, buffer.action_dim).to(buffer.device).float(), action_space),
+        rows(buffer.log_probs).to(buffer.device),
+        rows(buffer.advantages).to(buffer.device),
+        rows(buffer.returns).to(buffer.device),
+        rows(buffer.values).to(buffer.device),
+        torch.full((size,), 1.0 / size, device=buffer.device),
+        rows(buffer.action_masks, buffer.mask_dims).to(buffer.device) if isinstance(buffer, MASKABLE_BUFFERS) else None,
+    )
+
+
+def _sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, action_space: spaces.Space) -> Batch:
+    """One environment after the other, each cut where its episodes begin."""
+    order = torch.from_numpy(_env_major(buffer))
+    batch = _viewed(buffer, action_space)[order]
+    lstm = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
+    if not buffer.generator_ready:  # (T, layers, E, H)
+        lstm = tuple(state.swapaxes(1, 2) for state in lstm)
+    states = tuple(
+        torch.from_numpy(state.reshape(len(batch), *state.shape[-2:]))[order].to(buffer.device) for state in lstm
+    )
+    resets = torch.from_numpy(buffer.episode_starts.reshape(-1))[order].to(buffer.device)
+    first_steps = torch.arange(len(batch), device=buffer.device) % buffer.buffer_size == 0
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return SequenceBatch(**fields, starts=(resets > 0) | first_steps, resets=resets, states=states)
+
+
+def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:
+    """Where SB3's order of samples, one environment after the other, finds them in a viewed buffer.
+
+    SB3 reorders a buffer at the first call of its ``get``; before, it is ordered by time.
+    """
+    index = np.arange(buffer.buffer_size * buffer.n_envs)
+    return index if buffer.generator_ready else index.reshape(buffer.buffer_size, buffer.n_envs).T.reshape(-1)
+
+
+def policy_actions(actions: Tensor, action_space: spaces.Space) -> Tensor:
+    """Actions as stored by a rollout buffer -> as ``log_prob`` takes them (Discrete: integers, no last axis)."""
+    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
+
+
+@contextmanager
+def unchanged_numpy_state() -> Iterator[None]:
+    """Leave numpy's global random state, which SB3's rollout buffer draws its permutations from, as it was."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,164 @@
+"""Batches of a recurrent policy: samples in sequences, padded for the policy alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor
+
+from sb3_trpo_ext.sb3.batch import Batch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where S sequences, padded to the longest of L steps, find their samples.
+
+    Attributes:
+        firsts: The sample that each sequence begins with, ``(S,)``.
+        rows: The sample at each place, sequence after sequence, ``(S · L,)``; behind the end of a sequence its last
+            sample is repeated, so that the policy sees nothing that it could not meet.
+        kept: The places of the samples, ``(N,)``; None if there is no padding.
+    """
+
+    firsts: Tensor
+    rows: Tensor
+    kept: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatch(Batch):
+    """N samples in sequences that the policy runs through, each from the hidden state that the rollout had there.
+
+    Whatever a mean, a KL divergence, a product or a statistic sees are the N samples: padding is added to what the
+    policy is given, and dropped from what it returns.
+
+    Attributes:
+        starts: Whether a sequence begins at a sample, ``(N,)``.
+        resets: Whether an episode begins there (1) or not (0), ``(N,)``; a sequence begins there too.
+        states: Hidden and cell states of the actor's and of the critic's LSTM before the sample, ``(N, layers, H)``
+            each.
+    """
+
+    starts: Tensor
+    resets: Tensor
+    states: tuple[Tensor, ...]
+
+    def __getitem__(self, index: slice | Tensor) -> SequenceBatch:
+        """A part of the batch; a sequence that it cuts goes on in the part from the hidden state of the rollout."""
+        positions = torch.arange(len(self), device=self.starts.device)[index]
+        follows = torch.zeros_like(positions, dtype=torch.bool)
+        follows[1:] = positions[1:] == positions[:-1] + 1
+        return SequenceBatch(
+            *self._at(index),
+            starts=self.starts[index] | ~follows,
+            resets=self.resets[index],
+            states=tuple(state[index] for state in self.states),
+        )
+
+    @cached_property
+    def _grid(self) -> Grid:
+        firsts = torch.nonzero(self.starts).flatten()
+        lengths = torch.diff(firsts, append=firsts.new_tensor([len(self)]))
+        steps = torch.arange(int(lengths.max()), device=firsts.device)
+        rows = (firsts[:, None] + torch.minimum(steps, lengths[:, None] - 1)).flatten()
+        kept = torch.nonzero((steps < lengths[:, None]).flatten()).flatten()
+        return Grid(firsts, rows, kept if len(kept) < len(rows) else None)
+
+    @property
+    def inputs(self) -> PyTorchObs:
+        """The padded observations, ``(S · L, ...)``, on the policy's device."""
+        rows, device = self._grid.rows, self.weights.device
+        if isinstance(self.observations, dict):
+            return {key: value[rows.to(value.device)].to(device) for key, value in self.observations.items()}
+        return self.observations[rows.to(self.observations.device)].to(device)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Samples ``(N, ...)`` -> ``(S · L, ...)``."""
+        return rows[self._grid.rows]
+
+    def unpadded(self, rows: Tensor) -> Tensor:
+        """What the policy returned, ``(S · L, ...)`` -> the rows of the samples, ``(N, ...)``."""
+        return rows if self._grid.kept is None else rows[self._grid.kept]
+
+    def distribution(self, policy: ActorCriticPolicy) -> Distribution:
+        """π(·|s) after what came before in the sequence; see `Batch.distribution`."""
+        states, episode_starts = self._initial(policy)
+        result: Any = policy.get_distribution(self.inputs, states.pi, episode_starts)  # type: ignore[call-arg]
+        return result[0]
+
+    def values(self, policy: ActorCriticPolicy) -> Tensor:
+        """V(s), ``(N,)``."""
+        states, episode_starts = self._initial(policy)
+        values = policy.predict_values(self.inputs, states.vf, episode_starts)  # type: ignore[call-arg]
+        return self.unpadded(values.flatten())
+
+    def evaluate_actions(self, policy: ActorCriticPolicy) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Batch.evaluate_actions`."""
+        states, episode_starts = self._initial(policy)
+        values, log_prob, entropy = policy.evaluate_actions(
+            self.inputs,
+            self.padded(self.actions),
+            states,  # type: ignore[call-arg]
+            episode_starts,
+        )
+        return (
+            self.unpadded(values.flatten()),
+            self.unpadded(log_prob),
+            None if entropy is None else self.unpadded(entropy),
+        )
+
+    def _initial(self, policy: ActorCriticPolicy) -> tuple[RNNStates, Tensor]:
+        """The states that the sequences begin with, ``(layers, S, H)``, and episode starts ``(S · L,)``.
+
+        States are zero already where an episode begins. As that can only be at the first step of a sequence,
+        sb3-contrib's LSTM need not be told: it would go through the sequence step by step.
+        """
+        firsts, rows = self._grid.firsts, self._grid.rows
+        begins = self.resets[firsts].bool()[:, None, None]
+        hidden_pi, cell_pi, hidden_vf, cell_vf = (
+            torch.where(begins, 0.0, state[firsts]).transpose(0, 1).contiguous() for state in self.states
+        )
+        known = getattr(policy, "_process_sequence", None) is RecurrentActorCriticPolicy._process_sequence
+        episode_starts = torch.zeros_like(self.resets[rows]) if known else self.resets[rows]
+        return RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf)), episode_starts
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Parts of whole sequences, of at most ``size`` places with their padding, but of one sequence at least."""
+        if size is None or size >= len(self._grid.rows):
+            return [self]
+        parts: list[list[Tensor]] = []
+        longest = 0  # of the sequences in the last part
+        for sequence in self._sequences():
+            longest = max(longest, len(sequence))
+            if not parts or (len(parts[-1]) + 1) * longest > size:
+                parts.append([])
+                longest = len(sequence)
+            parts[-1].append(sequence)
+        return [self[torch.cat(part)] for part in parts]
+
+    def subset(self, size: int) -> Batch:
+        """Whole sequences, drawn without replacement until they have ``size`` samples, reweighted to a mean.
+
+        They are drawn by numpy's global generator; nothing is drawn if the batch is no larger than ``size``.
+        """
+        if size >= len(self):
+            return self
+        sequences = self._sequences()
+        order = np.random.permutation(len(sequences))
+        enough = int(np.searchsorted(np.cumsum([len(sequences[i]) for i in order]), size)) + 1
+        part = self[torch.cat([sequences[i] for i in np.sort(order[:enough])])]
+        return replace(part, weights=part.weights / part.weights.sum())
+
+    def _sequences(self) -> list[Tensor]:
+        """The samples of each sequence."""
+        cuts = self._grid.firsts[1:].tolist()
+        return list(torch.arange(len(self), device=self.starts.device).tensor_split(cuts))

@@ -8,18 +8,12 @@ never run again. The score is the mean return of the last 100 training episodes.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jobs import Job, interval, run_missing, scores, write_result
 
-RESULTS = Path(__file__).parent / "results" / "critics"
+BENCHMARK = "critics"
 TIMESTEPS = {"CartPole-v1": 50_000, "Pendulum-v1": 100_000, "Hopper-v5": 150_000, "HalfCheetah-v5": 150_000}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},  # Gauss-Newton critic, fast rollouts
@@ -46,56 +40,16 @@ def run_job(arm: str, env_id: str, seed: int) -> None:
     model = algorithm("MlpPolicy", env, **settings, **ARMS[arm])
     model.learn(TIMESTEPS[env_id])
     assert model.ep_info_buffer is not None
-    result = {
-        "arm": arm,
-        "env": env_id,
-        "seed": seed,
-        "timesteps": TIMESTEPS[env_id],
-        "score": float(np.mean([episode["r"] for episode in model.ep_info_buffer])),
-        "versions": {name: version(name) for name in ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch")},
-    }
-    path = result_path(arm, env_id, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(path)
-
-
-def result_path(arm: str, env_id: str, seed: int) -> Path:
-    """Where a job leaves its score."""
-    return RESULTS / f"{arm}-{env_id}-{seed}.json"
-
-
-def run_missing(workers: int) -> None:
-    """Run the unfinished jobs in processes of their own."""
-    jobs = [(arm, env_id, seed) for seed in SEEDS for env_id in TIMESTEPS for arm in ARMS]
-    jobs = [job for job in jobs if not result_path(*job).exists()]
-
-    def launch(job: tuple[str, str, int]) -> None:
-        command = [sys.executable, __file__, "--job", *map(str, job)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        print("done:", *job, flush=True)
-
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(launch, jobs))
+    score = float(np.mean([episode["r"] for episode in model.ep_info_buffer]))
+    write_result(BENCHMARK, (arm, env_id, seed), {"timesteps": TIMESTEPS[env_id], "score": score})
 
 
 def report() -> None:
     """Print a Markdown table: mean over seeds with its 95 % Student-t interval."""
-    from scipy import stats
-
     print("| environment (steps) | " + " | ".join(ARMS) + " |")
     print("|---" * (len(ARMS) + 1) + "|")
     for env_id, steps in TIMESTEPS.items():
-        cells = []
-        for arm in ARMS:
-            paths = [result_path(arm, env_id, seed) for seed in SEEDS]
-            scores = np.array([json.loads(path.read_text())["score"] for path in paths if path.exists()])
-            if len(scores) < 2:
-                cells.append("-")
-                continue
-            half_width = stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores))
-            cells.append(f"{scores.mean():.0f} ± {half_width:.0f} (n={len(scores)})")
+        cells = [interval(scores(BENCHMARK, arm, env_id, SEEDS)) for arm in ARMS]
         print(f"| {env_id} ({steps // 1000}k) | " + " | ".join(cells) + " |")
 
 
@@ -110,7 +64,8 @@ def main() -> None:
         run_job(args.job[0], args.job[1], int(args.job[2]))
         return
     if not args.report:
-        run_missing(args.workers)
+        jobs: list[Job] = [(arm, env_id, seed) for seed in SEEDS for env_id in TIMESTEPS for arm in ARMS]
+        run_missing(BENCHMARK, __file__, jobs, args.workers)
     report()
 
 

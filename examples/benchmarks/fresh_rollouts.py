@@ -32,7 +32,8 @@ from torch import Tensor
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, whole_rollout
+from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
@@ -90,7 +91,8 @@ def value_name(setting: dict[str, Any]) -> str:
 
 def merged(batches: list[Batch]) -> Batch:
     """Several rollouts as one batch."""
-    columns = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
+    names = [name for name, value in vars(batches[0]).items() if value is not None]
+    columns = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in names}
     return Batch(**columns | {"weights": columns["weights"] / len(batches)})
 
 

@@ -29,7 +29,7 @@ def theoretical_penalty(gamma: float, max_advantage: float) -> float:
     """C = 4εγ / (1-γ)², with which L(θ) - C · D_KL^max(θ_old, θ) bounds the return from below.
 
     Maximising that bound improves the return at every step (Schulman et al. 2015, theorem 1 and algorithm 1), by steps
-    that shrink with (1-γ)²: at γ = 0.99 and ε = 1, C is 39 600.
+    whose KL divergence shrinks with (1-γ)²: at γ = 0.99 and ε = 1, C is 39 600.
 
     Args:
         gamma: Discount factor γ in [0, 1).

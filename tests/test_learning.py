@@ -8,7 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty
 
 CARTPOLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {"n_steps": 256}),

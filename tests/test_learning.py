@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
 
 CARTPOLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {"n_steps": 256}),
@@ -67,3 +69,33 @@ def test_pendulum_swings_up_in_150k_steps(arm: str, seed: int, record_property: 
     mean, _ = evaluate_policy(model, env, n_eval_episodes=20)
     record_property("mean_return", mean)
     assert mean >= -250
+
+
+class HiddenVelocities(gym.ObservationWrapper):
+    """CartPole that shows positions alone."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-10, 10, (2,))
+
+    def observation(self, observation: Any) -> Any:
+        return observation[[0, 2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_memory_balances_a_pole_whose_velocity_is_hidden(
+    seed: int, record_property: Callable[[str, object], None]
+) -> None:
+    def make_env() -> gym.Env:
+        return HiddenVelocities(gym.make("CartPole-v1"))
+
+    options: dict[str, Any] = {"n_steps": 128, "gamma": 0.98, "gae_lambda": 0.9, "critic": "adam"}
+    options |= {"target_kl": LinearSchedule(0.03, 0.003, 1.0), "seed": seed, "device": "cpu"}
+    env, test_env = make_vec_env(make_env, n_envs=8, seed=seed), make_vec_env(make_env, seed=1000 + seed)
+    memory = RecurrentTRPO("MlpLstmPolicy", env, policy_kwargs={"lstm_hidden_size": 64}, **options).learn(200_000)
+    without = TRPO("MlpPolicy", env, **options).learn(200_000)
+    means = [evaluate_policy(model, test_env, n_eval_episodes=20)[0] for model in (memory, without)]
+    record_property("mean_returns", means)
+    assert means[0] >= 400
+    assert means[1] < 150

@@ -13,7 +13,7 @@ multi-binary one is made smaller, so that random play does not solve it).
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import sb3_trpo_ext
 
 BENCHMARK = "family"
-SEEDS = range(5)
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Task:
         settings: Arguments of all arms.
         n_envs: Environments.
         normalize: Wrap in VecNormalize.
+        seeds: Seeds of the runs.
     """
 
     make: Callable[[], gym.Env[Any, Any]]
@@ -65,6 +65,7 @@ class Task:
     settings: dict[str, Any]
     n_envs: int = 8
     normalize: bool = False
+    seeds: Iterable[int] = range(5)
 
     def env(self, seed: int) -> VecEnv:
         """The environments of a run."""
@@ -89,6 +90,13 @@ class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
 CARTPOLE_PPO = {"batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3}
 PENDULUM_PPO = {"batch_size": 64, "n_epochs": 10, "learning_rate": 1e-3}
 LSTM = {"lstm_hidden_size": 64}
+MEMORY_TRPO = {
+    "n_steps": 128,
+    "gamma": 0.98,
+    "gae_lambda": 0.9,
+    "critic": "adam",
+    "target_kl": LinearSchedule(0.03, 0.003, 1.0),
+}
 # The RL Zoo's entry for this task.
 ZOO_RECURRENT_PPO = {
     "n_steps": 32,
@@ -129,12 +137,12 @@ TASKS = {
         lambda: HiddenVelocities(gym.make("CartPole-v1")),
         200_000,
         {
-            "RecurrentTRPO": Arm(sb3_trpo_ext.RecurrentTRPO, "MlpLstmPolicy", {"policy_kwargs": LSTM}),
-            "RecurrentPPO": Arm(sb3_contrib.RecurrentPPO, "MlpLstmPolicy", {"policy_kwargs": LSTM}),
+            "RecurrentTRPO": Arm(sb3_trpo_ext.RecurrentTRPO, "MlpLstmPolicy", MEMORY_TRPO | {"policy_kwargs": LSTM}),
             "RecurrentPPO tuned": Arm(sb3_contrib.RecurrentPPO, "MlpLstmPolicy", ZOO_RECURRENT_PPO),
-            "TRPO": Arm(sb3_trpo_ext.TRPO),
+            "TRPO": Arm(sb3_trpo_ext.TRPO, settings=MEMORY_TRPO),
         },
-        {"n_steps": 256},
+        {},
+        seeds=range(3),
     ),
     "invalid actions, Discrete": Task(
         lambda: InvalidActionEnvDiscrete(dim=80, n_invalid_actions=60), 20_000, MASKED, {"n_steps": 256}, n_envs=4
@@ -188,7 +196,7 @@ def report(tasks: list[str]) -> None:
     print("|---|---|---|---|")
     for name in tasks:
         for arm in TASKS[name].arms:
-            found = scores(BENCHMARK, arm, name, SEEDS)
+            found = scores(BENCHMARK, arm, name, TASKS[name].seeds)
             if found:
                 print(f"| {name} ({TASKS[name].steps // 1000}k) | {arm} | {interval(found)} | {min(found):.0f} |")
 
@@ -206,7 +214,9 @@ def main() -> None:
         return
     tasks = [name for name in TASKS if any(word in name for word in args.tasks)]
     if not args.report:
-        jobs: list[Job] = [(arm, name, seed) for seed in SEEDS for name in tasks for arm in TASKS[name].arms]
+        jobs: list[Job] = [
+            (arm, name, seed) for name in tasks for seed in TASKS[name].seeds for arm in TASKS[name].arms
+        ]
         run_missing(BENCHMARK, __file__, jobs, args.workers)
     report(tasks)
 

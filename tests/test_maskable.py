@@ -78,6 +78,18 @@ def test_kl_and_metric_live_on_the_allowed_actions(action: str) -> None:
 
 
 @pytest.mark.parametrize("action", MASKABLE)
+def test_every_way_to_ask_the_policy_knows_the_masks(action: str) -> None:
+    model = with_rollout(make(MaskableTRPO, action))
+    batch = whole_rollout(model.rollout_buffer, model.action_space)
+    with torch.no_grad():
+        _, log_prob, entropy = batch.evaluate_actions(model.policy)
+        distribution = batch.distribution(model.policy)
+    for ours in (log_prob, distribution.log_prob(batch.actions)):
+        torch.testing.assert_close(ours, batch.old_log_prob, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, distribution.entropy())
+
+
+@pytest.mark.parametrize("action", MASKABLE)
 def test_a_single_allowed_action_contributes_exactly_zero(action: str) -> None:
     env = OneAllowed(OBSERVATION_SPACES["vector"], ACTION_SPACES[action])
     model = with_rollout(MaskableTRPO("MlpPolicy", env, **SMALL))

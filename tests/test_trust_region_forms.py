@@ -10,6 +10,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
 from sb3_trpo_ext.core.objectives import theoretical_penalty
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
 
 
 def log_of_one_update(**options: Any) -> dict[str, float]:
@@ -26,7 +27,7 @@ def test_the_largest_kl_stays_inside(action: str, target_kl: float) -> None:
     largest = log_of_one_update(action=action, target_kl=target_kl, trust_region="max")
     assert mean["train/kl_max"] > mean["train/target_kl"] >= mean["train/kl_divergence_loss"]
     assert largest["train/is_line_search_success"]
-    assert 0.1 * largest["train/target_kl"] < largest["train/kl_max"] <= largest["train/target_kl"]
+    assert 0.4 * largest["train/target_kl"] < largest["train/kl_max"] <= largest["train/target_kl"]
     assert largest["train/step_size"] < mean["train/step_size"]
 
 
@@ -38,6 +39,28 @@ def test_a_penalty_maximises_what_it_says() -> None:
     steps = [log["train/step_size"] for log in logs.values()]
     assert steps[0] > steps[1] > steps[2]
     np.testing.assert_allclose(steps[2], 0.01, rtol=0.2)  # 1/C, where the quadratic model holds and CG has converged
+
+
+class Line:
+    """A problem in one number: L rises as far as it goes, and the largest KL with its square."""
+
+    max_advantage = 1.0
+    start = PolicyEvaluation(0.0, 0.0, 0.0, 0.0)
+    distance = 0.0
+
+    def go_to(self, distance: float) -> None:
+        self.distance = distance
+
+    def evaluate(self) -> PolicyEvaluation:
+        return PolicyEvaluation(self.distance, 0.01 * self.distance**2, self.distance**2, 0.0)
+
+
+def test_the_line_search_keeps_the_penalised_objective_rising() -> None:
+    line: Any = Line()
+    line.slope, line.curvature = 1.0, 0.5
+    move = make(TRPO, kl_penalty=2.0)._move(line, line)  # d - 2 d² > 0 only below 0.5
+    assert move.step_size == 1.0
+    np.testing.assert_allclose(move.fraction, 0.8**4)
 
 
 def test_the_theoretical_penalty_is_thousands_of_times_shorter() -> None:

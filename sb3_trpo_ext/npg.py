@@ -11,8 +11,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_trpo_ext.core.trust_region import boundary_scale
 from sb3_trpo_ext.sb3.checks import check_number
-from sb3_trpo_ext.sb3.natural_gradient import Direction, Move, NaturalGradientAlgorithm
+from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.sb3.steps import Direction, Move
 
 
 class NPG(NaturalGradientAlgorithm):

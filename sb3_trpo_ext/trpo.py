@@ -14,8 +14,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.trust_region import Acceptance, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number
-from sb3_trpo_ext.sb3.natural_gradient import Direction, Move, NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -14,11 +13,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
-from torch import Tensor, nn
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.trust_region import Checkpoint
-from sb3_trpo_ext.core.vectors import assign, flatten
+from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.sb3.buffers import whole_rollout
@@ -30,77 +28,11 @@ from sb3_trpo_ext.sb3.checks import (
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
 from sb3_trpo_ext.sb3.device import affordable_samples, check_interval
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
 
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """x ≈ F⁻¹g at θ_old, and a way to go along it.
-
-    Attributes:
-        params: The actor's parameters.
-        theta_old: Their values at the start, ``(P,)``.
-        x: The direction, ``(P,)``.
-        slope: gᵀx, which the objective gains a unit of step size to first order.
-        curvature: xᵀFx > 0.
-    """
-
-    params: list[nn.Parameter]
-    theta_old: Tensor
-    x: Tensor
-    slope: float
-    curvature: float
-
-    def go_to(self, step_size: float) -> None:
-        """Set the parameters to θ_old + step_size · x."""
-        assign(self.params, self.theta_old + step_size * self.x)
-
-
-@dataclass(frozen=True)
-class Move:
-    """How far a method went along a `Direction`.
-
-    Attributes:
-        evaluation: The policy there; None if nothing was accepted.
-        step_size: The full step, in multiples of x.
-        fraction: Accepted fraction of it; 0 if rejected.
-        reason: Why it was rejected, in words; empty if it was accepted.
-    """
-
-    evaluation: PolicyEvaluation | None
-    step_size: float
-    fraction: float = 1.0
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class PolicyStep:
-    """What one policy step did.
-
-    Attributes:
-        actor: The parameters that the policy's output reaches.
-        evaluation: The policy that the step leaves, on its batch.
-        step_size: The step in multiples of x ≈ F⁻¹g, as accepted; 0 if rejected.
-        fraction: Accepted fraction of the full step; 0 if rejected.
-        improvement: L(θ) - L(θ_old).
-        expected_improvement: gᵀs at that fraction of the step (at the full step if rejected).
-        cg_steps: Conjugate-gradient iterations.
-        cg_residual: Their relative residual.
-        reason: Why the step was rejected; empty if it was accepted.
-    """
-
-    actor: frozenset[nn.Parameter]
-    evaluation: PolicyEvaluation
-    step_size: float = 0.0
-    fraction: float = 0.0
-    improvement: float = 0.0
-    expected_improvement: float = 0.0
-    cg_steps: int = 0
-    cg_residual: float = 0.0
-    reason: str = ""
 
 
 class NaturalGradientAlgorithm(TrustRegionAlgorithm):

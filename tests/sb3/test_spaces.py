@@ -60,11 +60,14 @@ def test_every_space(arm: str, action: str, observation: str) -> None:
     algorithm, options = ARMS[arm]
     if algorithm is MaskableTRPO and action not in MASKABLE:
         pytest.skip("masks are for actions that can be counted")
-    if "recurrent" in arm and observation == "multidiscrete":
-        with pytest.raises(ValueError, match=r"MultiDiscrete.*FlattenObservation"):
-            make(algorithm, action, observation, **options)
+    try:
+        model = make(algorithm, action, observation, **options)
+    except ValueError as refusal:  # newer versions of torch cannot build sb3-contrib's LSTM for this space
+        assert "recurrent" in arm
+        assert observation == "multidiscrete"
+        assert "FlattenObservation" in str(refusal)
         return
-    check_learns(make(algorithm, action, observation, **options))
+    check_learns(model)
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if "maskable" not in arm])

@@ -35,6 +35,10 @@ def test_the_critic_comparison_reports() -> None:
     assert "| default |" in run(str(EXAMPLES / "benchmarks" / "critics.py"), "--report")
 
 
+def test_the_comparison_of_the_family_reports() -> None:
+    assert "| RecurrentTRPO |" in run(str(EXAMPLES / "benchmarks" / "family.py"), "--report")
+
+
 def test_the_speed_benchmark_measures_and_reports(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmarks" / "speed.py")
     for arm in ("ours", "peer"):

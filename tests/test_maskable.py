@@ -13,6 +13,7 @@ from sb3_contrib.common.envs import (
     InvalidActionEnvMultiBinary,
     InvalidActionEnvMultiDiscrete,
 )
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks
@@ -142,6 +143,26 @@ def test_no_forbidden_action_is_ever_taken(action: str) -> None:
         masks = get_action_masks(model.env)
         chosen, _ = model.predict(observation, action_masks=masks, deterministic=deterministic)
         model.env.step(chosen)
+
+
+@pytest.mark.parametrize("critic", ["gauss_newton", "adam"])
+def test_a_buffer_of_another_class_brings_its_masks(critic: str) -> None:
+    class Own(MaskableRolloutBuffer):
+        pass
+
+    options: dict[str, Any] = {"critic": critic, "batch_size": 16}
+    if critic == "gauss_newton":
+        options["critic_kwargs"] = {"cg_steps": 3}  # more multiply the rounding errors
+    models = [make(MaskableTRPO, rollout_buffer_class=kind, **options) for kind in (Own, None)]
+    for model in models:
+        model.set_random_seed(0)
+        with_rollout(model)
+        np.random.seed(0)
+        model.train()
+    batch = whole_rollout(models[0].rollout_buffer, models[0].action_space)
+    assert 0 < batch.action_masks.mean() < 1
+    for ours, theirs in zip(*(model.policy.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_an_env_without_masks_is_refused_with_the_cure() -> None:

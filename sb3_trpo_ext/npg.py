@@ -20,10 +20,10 @@ class NPG(NaturalGradientAlgorithm):
     """Natural Policy Gradient (Kakade 2002), its direction truncated after a few conjugate-gradient steps.
 
     Each update is θ ← θ_old + α F⁻¹∇L, with α = sqrt(2δ / gᵀF⁻¹g) at the boundary of the quadratic trust region
-    ("truncated natural policy gradient" in Duan et al. 2016, https://arxiv.org/abs/1604.06778, section 4.2), or with
-    ``step_size`` the fixed α of Kakade, which maximises gᵀs - 1/(2α) sᵀFs. It is `TRPO` without the line search:
-    cheaper by a few forward passes, and nothing keeps the true KL divergence below δ. An update that is not finite
-    leaves the policy as it was, bit for bit.
+    ("truncated natural policy gradient" in Duan et al. 2016, https://arxiv.org/abs/1604.06778), or with ``step_size``
+    the fixed α of Kakade, which maximises gᵀs - 1/(2α) sᵀFs. It is `TRPO` without the line search: cheaper by a few
+    forward passes, and nothing keeps the true KL divergence below δ. An update that is not finite leaves the policy as
+    it was, bit for bit.
 
     Args:
         policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.

@@ -26,6 +26,9 @@ class PPOClip(FirstOrderAlgorithm):
     ``stable_baselines3.PPO``, number for number. Beyond it, the exact joint KL divergence is logged beside the sampled
     estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
 
+    It learns what SB3's PPO learns: CartPole-v1 in 60 000 steps; of Pendulum-v1, at a learning rate of 1e-3, some seeds
+    are still far from the others after 150 000.
+
     Args:
         policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.
         env: The environment, or its Gymnasium id.

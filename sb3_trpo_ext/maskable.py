@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import numpy as np
-from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -14,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.sb3.distributions import CategoricalFamily, family_of
 from sb3_trpo_ext.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -46,16 +46,6 @@ class MaskableRollouts(MaskablePPO):
         if use_sde:
             raise ValueError("`use_sde` explores with continuous actions, got True with masked ones. Leave it out.")
         super().__init__(policy, env, **kwargs)  # type: ignore[arg-type]
-
-
-def options_of(space: spaces.Space) -> list[int]:
-    """How many options each choice of an action has, in the order of a mask."""
-    if isinstance(space, spaces.MultiDiscrete):
-        return [int(size) for size in space.nvec]
-    if isinstance(space, spaces.MultiBinary):
-        return [2] * int(np.prod(space.shape))
-    assert isinstance(space, spaces.Discrete)
-    return [int(space.n)]
 
 
 class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower attributes there
@@ -94,7 +84,9 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
     def _check_masks(self, buffer: RolloutBuffer) -> None:
         if not isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer)):
             return
-        ends = np.cumsum(options_of(self.action_space))[:-1]
+        family = family_of(self.policy.action_dist)
+        assert isinstance(family, CategoricalFamily)  # as every maskable distribution
+        ends = np.cumsum(family.sizes)[:-1]
         for choice, masks in enumerate(np.split(buffer.action_masks, ends, axis=2)):
             forbidden = np.argwhere(~masks.any(axis=2))
             if len(forbidden):

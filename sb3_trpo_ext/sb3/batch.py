@@ -48,9 +48,9 @@ class Batch:
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """A part of the batch: views of it by a slice, copies by a tensor of indices."""
-        return Batch(*self._at(index))
+        return Batch(*self.fields_at(index))
 
-    def _at(self, index: slice | Tensor) -> tuple[Any, ...]:
+    def fields_at(self, index: slice | Tensor) -> tuple[Any, ...]:
         """The fields of a part, in order."""
         observations = self.observations
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,17 +115,16 @@ def _viewed(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
 def _sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, action_space: spaces.Space) -> Batch:
     """One environment after the other, each cut where its episodes begin."""
     order = torch.from_numpy(_env_major(buffer))
-    batch = _viewed(buffer, action_space)[order]
     lstm = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
     if not buffer.generator_ready:  # (T, layers, E, H)
         lstm = tuple(state.swapaxes(1, 2) for state in lstm)
     states = tuple(
-        torch.from_numpy(state.reshape(len(batch), *state.shape[-2:]))[order].to(buffer.device) for state in lstm
+        torch.from_numpy(state.reshape(len(order), *state.shape[-2:]))[order].to(buffer.device) for state in lstm
     )
     resets = torch.from_numpy(buffer.episode_starts.reshape(-1))[order].to(buffer.device)
-    first_steps = torch.arange(len(batch), device=buffer.device) % buffer.buffer_size == 0
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return SequenceBatch(**fields, starts=(resets > 0) | first_steps, resets=resets, states=states)
+    first_steps = torch.arange(len(order), device=buffer.device) % buffer.buffer_size == 0
+    fields = _viewed(buffer, action_space).fields_at(order)
+    return SequenceBatch(*fields, starts=(resets > 0) | first_steps, resets=resets, states=states)
 
 
 def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:

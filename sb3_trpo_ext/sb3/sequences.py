@@ -58,7 +58,7 @@ class SequenceBatch(Batch):
         follows = torch.zeros_like(positions, dtype=torch.bool)
         follows[1:] = positions[1:] == positions[:-1] + 1
         return SequenceBatch(
-            *self._at(index),
+            *self.fields_at(index),
             starts=self.starts[index] | ~follows,
             resets=self.resets[index],
             states=tuple(state[index] for state in self.states),

@@ -79,5 +79,4 @@ class NPG(NaturalGradientAlgorithm):
         """α in force."""
         if self.step_size is None:
             return boundary_scale(direction.curvature, self.trust_region_radius())
-        value = self.step_size(self._current_progress_remaining) if callable(self.step_size) else self.step_size
-        return check_number("step_size", value)
+        return check_number("step_size", self._in_force(self.step_size))

@@ -146,19 +146,17 @@ class PPOClip(FirstOrderAlgorithm):
             check_number("target_kl", self.target_kl, positive=True, hint="Pass None for no bound.")
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        clip_range = self._in_force(self.clip_range)
         clip_fraction = ((ratio.detach() - 1).abs() > clip_range).float().mean()
         return -clipped_surrogate(ratio, advantages, clip_range).mean(), clip_fraction
 
     def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
         if self.target_kl is None:
             return False
-        target = self.target_kl(self._current_progress_remaining) if callable(self.target_kl) else self.target_kl
-        exceeded = float(approx_kl) > 1.5 * target
+        exceeded = float(approx_kl) > 1.5 * self._in_force(self.target_kl)
         if exceeded and self.verbose >= 1:
             print(f"{type(self).__name__}: epoch {epoch} ended by target_kl, sampled KL {float(approx_kl):.3g}.")
         return exceeded
 
     def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
-        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        return {"train/clip_range": clip_range, **super()._described(evaluation)}
+        return {"train/clip_range": self._in_force(self.clip_range), **super()._described(evaluation)}

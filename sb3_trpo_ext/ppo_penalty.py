@@ -193,7 +193,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _target(self) -> float:
         """d_targ in force."""
-        value = self.target_kl(self._current_progress_remaining)  # type: ignore[operator]
+        value = self._in_force(self.target_kl)
         return check_number("target_kl", value, positive=True, hint="Its schedule must stay positive until the end.")
 
     def _checkpoints(self) -> tuple[Restorable, ...]:

@@ -21,7 +21,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -103,11 +103,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
-        value = self.ent_coef
-        if callable(value):
-            value = value(self._current_progress_remaining)
+        value = self._in_force(self.ent_coef)
+        if callable(self.ent_coef):
             check_finite("ent_coef", value)
         return float(value)
+
+    def _in_force(self, argument: float | Schedule) -> float:
+        """An argument as it is now: itself, or its schedule at the remaining progress."""
+        return argument(self._current_progress_remaining) if callable(argument) else argument
 
     @abstractmethod
     def _update(self) -> dict[str, float]:

@@ -131,7 +131,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
         record["train/loss"] = ascent.statistics["loss"][-1]
         if self.clip_range_vf is not None:
-            record["train/clip_range_vf"] = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            record["train/clip_range_vf"] = self._in_force(self.clip_range_vf)
         record |= self._described(ascent.evaluation)
         self._adapt(ascent.reached)
         return record
@@ -221,5 +221,5 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:
             return values
-        bound = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        bound = self._in_force(self.clip_range_vf)
         return old_values + torch.clamp(values - old_values, -bound, bound)

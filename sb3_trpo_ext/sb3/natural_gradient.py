@@ -201,7 +201,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
-        value = self.target_kl(self._current_progress_remaining)  # type: ignore[operator]
+        value = self._in_force(self.target_kl)
         return self._action_dimensions() * check_number(
             "target_kl", value, positive=True, hint="Its schedule must stay positive until the end of training."
         )

@@ -154,20 +154,23 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _epochs(self, problem: PolicyProblem, batch: Batch) -> Ascent:
         """Run the epochs."""
         statistics: Statistics = defaultdict(list)
+        evaluation = problem.start
         for epoch in range(self.n_epochs):
             before = self._checkpoints() if self.max_kl is not None else ()
             within_target = self._epoch(epoch, batch, statistics)
             if self.max_kl is not None:
-                reached = self._exact(problem).divergence
-                if not reached <= self.max_kl:
+                trial = self._exact(problem)
+                if not trial.divergence <= self.max_kl:
                     for state in before:
                         state.restore()
                     reason = "" if epoch else "the first epoch left the ball of radius `max_kl`"
-                    return Ascent(statistics, self._exact(problem), reached, reason)
+                    return Ascent(statistics, evaluation, trial.divergence, reason)
+                evaluation = trial
             self._n_updates += 1
             if not within_target:
                 break
-        evaluation = self._exact(problem)
+        if self.max_kl is None:
+            evaluation = self._exact(problem)
         return Ascent(statistics, evaluation, evaluation.divergence)
 
     def _exact(self, problem: PolicyProblem) -> PolicyEvaluation:

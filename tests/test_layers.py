@@ -47,3 +47,13 @@ def test_algorithms_know_the_layers_below_and_each_others_public_classes(name: s
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").removeprefix("sb3_trpo_ext.") in ALGORITHMS:
             assert {alias.name for alias in node.names} <= set(sb3_trpo_ext.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "zoo").glob("*.py")), ids=lambda path: path.name)
+def test_the_zoo_knows_what_users_know(path: Path) -> None:
+    assert inside(imports(path)) <= {"", "zoo"}
+
+
+def test_nobody_knows_the_zoo() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert path.parent == ROOT / "zoo" or "zoo" not in inside(imports(path))

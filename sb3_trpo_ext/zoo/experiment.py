@@ -1,0 +1,95 @@
+"""The RL Zoo's experiment manager, taught what our hyperparameter files hold."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import get_class_by_name
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.zoo.registry import ALGORITHMS
+
+HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
+
+LAST_FRACTION = {"target_kl": 0.01, "step_size": 0.01, "ent_coef": 0.0}
+"""Our arguments that take schedules, and the fraction of x at which ``lin_x`` ends: a trust region stays positive."""
+
+
+class TrustRegionExperimentManager(ExperimentManager):
+    """The zoo's manager, with what hyperparameter files of ours need.
+
+    - Our files are the default for our algorithms.
+    - ``target_kl``, ``step_size`` and ``ent_coef`` take schedules (``lin_0.01``).
+    - ``policy: auto`` is ``MlpPolicy``, ``CnnPolicy`` or ``MultiInputPolicy``, by what the environment shows.
+    - ``policy_kwargs`` may be a mapping, in which classes are written as names: ``activation_fn: torch.nn.ReLU``. (An
+      expression in a string works as in the zoo.)
+
+    Args:
+        args: As in the zoo.
+        algo: As in the zoo.
+        *others: As in the zoo.
+        config: As in the zoo; for our algorithms, None is the file packaged with them.
+        **kwargs: As in the zoo.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, algo: str, *others: Any, config: str | None = None, **kwargs: Any
+    ) -> None:
+        self._ours = algo in ALGORITHMS
+        if config is None and self._ours:
+            config = str(HYPERPARAMETERS / f"{algo}.yml")
+        super().__init__(args, algo, *others, config=config, **kwargs)  # type: ignore[misc]  # others end before it
+
+    def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        if self._ours:
+            for name, last in LAST_FRACTION.items():
+                if isinstance(hyperparams.get(name), str):
+                    hyperparams[name] = linear(name, hyperparams[name], last)
+        return super()._preprocess_schedules(hyperparams)
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        if isinstance(hyperparams.get("policy_kwargs"), dict):
+            hyperparams["policy_kwargs"] = {
+                name: get_class_by_name(value) if isinstance(value, str) and "." in value else value
+                for name, value in hyperparams["policy_kwargs"].items()
+            }
+        return super()._preprocess_hyperparams(hyperparams)
+
+    def _preprocess_action_noise(
+        self, hyperparams: dict[str, Any], saved_hyperparams: dict[str, Any], env: VecEnv
+    ) -> dict[str, Any]:
+        """The zoo's first look at the environment: where a policy that depends on it can be chosen."""
+        if hyperparams.get("policy") == "auto":
+            hyperparams["policy"] = policy_for(ALGOS[self.algo], env.observation_space)
+        return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+
+
+def policy_for(algorithm: type[BaseAlgorithm], observations: spaces.Space[Any]) -> str:
+    """What ``policy: auto`` stands for: the alias of the algorithm's policy for Dict observations, images or others."""
+    kind = "Cnn" if is_image_space(observations) else "Mlp"
+    kind = "MultiInput" if isinstance(observations, spaces.Dict) else kind
+    return next(alias for alias in algorithm.policy_aliases if alias.startswith(kind))
+
+
+def linear(name: str, text: str, last_fraction: float) -> LinearSchedule:
+    """``lin_x``: from x at the start of training down to a fraction of it at the end.
+
+    Raises:
+        ValueError: If the text is anything else.
+    """
+    kind, _, start = text.partition("_")
+    try:
+        first = float(start)
+    except ValueError:
+        kind = ""
+    if kind != "lin":
+        raise ValueError(f"`{name}` must be a number, or a schedule like 'lin_0.01', got {text!r}.")
+    return LinearSchedule(first, last_fraction * first, 1.0)

@@ -1,0 +1,136 @@
+"""Optuna search spaces of our algorithms, for ``trpo-zoo train --algo ... --optimize-hyperparameters``.
+
+As everywhere in the RL Zoo, a sampler suggests numbers and hands them to a converter, which turns them into constructor
+arguments; the converter alone turns the parameters of a stored trial (``--trial-id``) into arguments again. All
+parameters of an algorithm are suggested in every trial, so that the zoo's multivariate TPE sampler sees a space that
+stays the same; the converter drops what does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
+
+Params = dict[str, Any]
+
+CRITIC_ARGUMENTS = {
+    "gauss_newton": ("critic_damping", "critic_cg_steps"),
+    "adam": ("learning_rate", "n_critic_updates", "batch_size_pow"),
+}
+"""What each kind of critic takes, by the names of the search space."""
+
+
+def convert_natural_gradient_params(sampled_params: Params) -> Params:
+    """Constructor arguments of TRPO and NPG from the parameters of a trial."""
+    params = sampled_params.copy()
+    kind = params["critic"]
+    unused = CRITIC_ARGUMENTS["adam" if kind == "gauss_newton" else "gauss_newton"]
+    params = {name: value for name, value in params.items() if name not in unused}
+    if kind == "gauss_newton":
+        params["critic_kwargs"] = {"damping": params.pop("critic_damping"), "cg_steps": params.pop("critic_cg_steps")}
+    return convert_onpolicy_params(params)
+
+
+def convert_recurrent_params(sampled_params: Params) -> Params:
+    """As `convert_natural_gradient_params`, with the size of the LSTM."""
+    params = sampled_params.copy()
+    lstm = {name: params.pop(name) for name in ("lstm_hidden_size", "enable_critic_lstm")}
+    converted = convert_natural_gradient_params(params)
+    converted["policy_kwargs"].update(lstm)
+    return converted
+
+
+def sample_on_policy(trial: optuna.Trial) -> Params:
+    """What every algorithm has: rollout, discounting, network."""
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    n_steps_pow = trial.suggest_int("n_steps_pow", 7, 12)
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("n_steps", 2**n_steps_pow)
+    return {
+        "n_steps_pow": n_steps_pow,
+        "one_minus_gamma": one_minus_gamma,
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),
+    }
+
+
+def suggest_natural_gradient(trial: optuna.Trial, n_envs: int) -> Params:
+    """Radius, curvature and critic, on top of `sample_on_policy`."""
+    params = sample_on_policy(trial)
+    batch_size_pow = suggest_batch_size_pow(trial, params["n_steps_pow"], n_envs)
+    return {
+        **params,
+        "target_kl": trial.suggest_float("target_kl", 0.001, 0.1, log=True),
+        "cg_damping": trial.suggest_float("cg_damping", 0.001, 1.0, log=True),
+        "cg_max_steps": trial.suggest_int("cg_max_steps", 5, 25),
+        "critic": trial.suggest_categorical("critic", ["gauss_newton", "adam"]),
+        "critic_damping": trial.suggest_float("critic_damping", 0.001, 1.0, log=True),
+        "critic_cg_steps": trial.suggest_int("critic_cg_steps", 4, 16),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.003, log=True),
+        "n_critic_updates": trial.suggest_int("n_critic_updates", 5, 30),
+        "batch_size_pow": batch_size_pow,
+    }
+
+
+def suggest_batch_size_pow(trial: optuna.Trial, n_steps_pow: int, n_envs: int) -> int:
+    """A minibatch, at most a rollout long."""
+    rollout_pow = n_steps_pow + n_envs.bit_length() - 1
+    batch_size_pow = min(trial.suggest_int("batch_size_pow", 5, 10), rollout_pow)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+    return batch_size_pow
+
+
+def sample_natural_gradient_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
+    """TRPO, NPG and MaskableTRPO."""
+    return convert_natural_gradient_params(suggest_natural_gradient(trial, n_envs))
+
+
+def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
+    """RecurrentTRPO."""
+    return convert_recurrent_params(
+        {
+            **suggest_natural_gradient(trial, n_envs),
+            "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [16, 32, 64, 128, 256]),
+            "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
+        }
+    )
+
+
+def sample_ppo_penalty_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
+    """PPOPenalty."""
+    params = sample_on_policy(trial)
+    return convert_onpolicy_params(
+        {
+            **params,
+            "batch_size_pow": suggest_batch_size_pow(trial, params["n_steps_pow"], n_envs),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.003, log=True),
+            "n_epochs": trial.suggest_categorical("n_epochs", [1, 5, 10, 20]),
+            "target_kl": trial.suggest_float("target_kl", 0.003, 0.1, log=True),
+            "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
+            "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 2),
+        }
+    )
+
+
+SAMPLERS: dict[str, Callable[[optuna.Trial, int, int, Params], Params]] = {
+    "trpo": sample_natural_gradient_params,
+    "npg": sample_natural_gradient_params,
+    "ppo_clip": sample_ppo_params,  # the same algorithm, so the zoo's own space
+    "ppo_penalty": sample_ppo_penalty_params,
+    "trpo_lstm": sample_recurrent_params,
+    "trpo_mask": sample_natural_gradient_params,
+}
+
+CONVERTERS: dict[str, Callable[[Params], Params]] = {
+    "trpo": convert_natural_gradient_params,
+    "npg": convert_natural_gradient_params,
+    "ppo_clip": convert_onpolicy_params,
+    "ppo_penalty": convert_onpolicy_params,
+    "trpo_lstm": convert_recurrent_params,
+    "trpo_mask": convert_natural_gradient_params,
+}

@@ -24,6 +24,40 @@ def test_the_training_script_trains_saves_and_draws(tmp_path: Path) -> None:
     assert (picture.parent / "model.zip").exists()
 
 
+def test_an_environment_of_ones_own_is_learnt() -> None:
+    printed = run(str(EXAMPLES / "custom_env.py"), "--timesteps", "20000")
+    before, after = (float(line.split("mean return")[1].split("±")[0]) for line in printed.splitlines())
+    assert before < -20 < -8 < after
+
+
+def test_callbacks_see_evaluations_checkpoints_and_updates(tmp_path: Path) -> None:
+    printed = run(str(EXAMPLES / "callbacks.py"), "--timesteps", "10240", "--output", str(tmp_path))
+    assert "Best evaluation: mean return" in printed
+    assert "Checkpoints: 5 in" in printed
+    divergence, updates = printed.split("KL divergence: at most ")[1].split(" updates")[0].split(" in ")
+    assert 0 < float(divergence) <= 0.01
+    assert updates == "4"  # the fifth has no rollout after it
+
+
+def test_the_script_of_sb3_contrib_runs_unchanged() -> None:
+    printed = run(str(EXAMPLES / "from_sb3_contrib.py"), "--timesteps", "4096").splitlines()
+    assert [line.split()[0] for line in printed] == ["sb3_contrib", "sb3_trpo_ext", "A"]
+    assert "at 4096 steps went on to 8192 here" in printed[2]
+
+
+def test_the_zoo_trains_enjoys_records_and_plots(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", str(EXAMPLES / "zoo_cartpole.sh"), str(tmp_path), "4096"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert "Mean reward:" in printed and "|CartPole-v1 |" in printed
+    assert list(tmp_path.glob("trpo/CartPole-v1_1/videos/*.mp4"))
+
+
+def test_short_examples_are_short() -> None:
+    for name in ("zoo_cartpole.sh", "custom_env.py", "callbacks.py", "from_sb3_contrib.py"):
+        assert len((EXAMPLES / name).read_text().splitlines()) <= 60
+
+
 def test_the_readme_example_names_what_exists() -> None:
     readme = (EXAMPLES.parent / "README.md").read_text()
     code = readme.split("```python")[1].split("```")[0]

@@ -1,9 +1,11 @@
 """What the learning benchmarks share: jobs in processes of their own, one JSON file each, never run twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -35,16 +37,45 @@ def write_result(benchmark: str, job: Job, result: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def run_missing(benchmark: str, script: str, jobs: Iterable[Job], workers: int) -> None:
-    """Run the unfinished jobs: ``script --job ARM ENV SEED``, each with one thread."""
+def run_missing(
+    benchmark: str, script: str, jobs: Iterable[Job], workers: int, budget_minutes: float | None = None
+) -> int:
+    """Run the unfinished jobs, ``script --job ARM ENV SEED``, each with one thread.
 
-    def launch(job: Job) -> None:
-        command = [sys.executable, script, "--job", *map(str, job)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        print("done:", *job, flush=True)
+    A job that fails is reported and the others go on; Ctrl-C stops all of them.
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(launch, [job for job in jobs if not result_path(benchmark, job).exists()]))
+    Args:
+        benchmark: Where the results are.
+        script: What runs a job.
+        jobs: All jobs; the finished ones are left out.
+        workers: Jobs at a time.
+        budget_minutes: No job is started after this time; None starts them all.
+
+    Returns:
+        The number of jobs that failed.
+    """
+    from rich import progress as rich
+
+    missing = [job for job in jobs if not result_path(benchmark, job).exists()]
+    deadline = time.monotonic() + 60 * budget_minutes if budget_minutes is not None else math.inf
+    columns = (*rich.Progress.get_default_columns(), rich.MofNCompleteColumn())
+    with rich.Progress(*columns, speed_estimate_period=3600) as progress, ThreadPoolExecutor(workers) as pool:
+        done = progress.add_task(benchmark, total=len(missing))
+
+        def launch(job: Job) -> bool:
+            if time.monotonic() > deadline:
+                return True
+            command = [sys.executable, script, "--job", *map(str, job)]
+            finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+            progress.console.print("done:" if finished else "[red]failed:[/red]", *job)
+            progress.advance(done)
+            return finished
+
+        try:
+            return list(pool.map(launch, missing)).count(False)
+        except KeyboardInterrupt:
+            deadline = -math.inf  # the running jobs have been interrupted too; start no others
+            raise
 
 
 def scores(benchmark: str, arm: str, env: str, seeds: Iterable[int]) -> list[float]:

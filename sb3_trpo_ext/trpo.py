@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.core.trust_region import Acceptance, backtracking_line_search, boundary_scale
+from sb3_trpo_ext.core.trust_region import Acceptance, Restorable, backtracking_line_search, boundary_scale
+from sb3_trpo_ext.sb3.algorithm import Attributes
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
@@ -91,6 +95,10 @@ class TRPO(NaturalGradientAlgorithm):
             the return. It is not meant for training: at γ = 0.99 a step of δ = 0.01 is 150 times longer in small MDPs
             (``examples/tabular_theory.py``) and 100 000 times and more on Hopper-v5, where the theory's drowns in the
             rounding of float32.
+        momentum: μ in [0, 1): ascend F⁻¹m in place of F⁻¹∇L, with m = ∇L + μ·m_previous (heavy ball, Polyak 1964; in
+            policy gradients, Huang et al. 2020, https://arxiv.org/abs/2007.06680). The noise of one rollout's gradient,
+            not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where the line search along it
+            fails, m is forgotten and the plain direction is tried. ``train/momentum`` logs the μ of the step taken.
         curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
             Gauss-Newton critic are estimated from. None for all.
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
@@ -143,6 +151,7 @@ class TRPO(NaturalGradientAlgorithm):
         ent_coef: float | Schedule = 0.0,
         trust_region: Literal["mean", "max"] = "mean",
         kl_penalty: float | Literal["theory"] | None = None,
+        momentum: float = 0.0,
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 0.03,
@@ -186,6 +195,8 @@ class TRPO(NaturalGradientAlgorithm):
         )
         self.trust_region = trust_region
         self.kl_penalty = kl_penalty
+        self.momentum = momentum
+        self.gradient_memory: np.ndarray | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.line_search_accept_ratio = line_search_accept_ratio
@@ -195,6 +206,7 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        check_fraction("momentum", self.momentum, include_zero=True)
         check_integer("line_search_max_iter", self.line_search_max_iter)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
@@ -212,6 +224,23 @@ class TRPO(NaturalGradientAlgorithm):
                 f"kl_penalty='theory' is 4εγ/(1-γ)², which means nothing at gamma={self.gamma}. Pass a gamma between 0 "
                 "and 1, or a number."
             )
+
+    def _checkpoints(self) -> tuple[Restorable, ...]:
+        return (*super()._checkpoints(), Attributes(self, "gradient_memory"))
+
+    def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
+        """A step along the heavy ball's direction, or along the plain one where that is rejected or there is none."""
+        memory, self.gradient_memory = self.gradient_memory, None
+        if memory is not None and memory.shape == gradient.shape:
+            heavy_ball = gradient + self.momentum * torch.as_tensor(memory).to(gradient)
+            step = step_along(heavy_ball)
+            if not step.reason:
+                self.gradient_memory = heavy_ball.cpu().numpy()
+                return replace(step, momentum=self.momentum)
+        step = step_along(gradient)
+        if self.momentum and not step.reason:
+            self.gradient_memory = gradient.cpu().numpy()
+        return step
 
     def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
         """Backtrack from the boundary of the trust region, or from the maximum of the penalised quadratic model."""
@@ -260,4 +289,5 @@ class TRPO(NaturalGradientAlgorithm):
         return super()._described(step) | {
             "train/is_line_search_success": float(not step.reason),
             "train/step_fraction": step.fraction,
+            "train/momentum": step.momentum,
         }

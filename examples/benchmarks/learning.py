@@ -2,12 +2,13 @@
 
     python examples/benchmarks/learning.py                          # run what is missing, two jobs at a time
     python examples/benchmarks/learning.py --arms PPO --tasks Hopper-v5 --seeds 0 1
+    python examples/benchmarks/learning.py --arms "TRPO momentum=0.5" "TRPO target_kl=0.02" --seeds 100 101
     python examples/benchmarks/learning.py --budget-minutes 60      # start no job after an hour
     python examples/benchmarks/report.py                            # tables and figures of what is there
 
 A job is (arm, task, seed), in a process of its own with one thread. It trains through the RL Zoo's own experiment
 manager, so that environments, wrappers and schedules are those of ``train --algo ALGO --env TASK``, is evaluated at 25
-points by 20 episodes with deterministic actions, and leaves, under ``results/learning``,
+points (10 for variants of an arm) by 20 episodes with deterministic actions, and leaves, under ``results/learning``,
 
 - ``*.evaluations.csv.gz``: timesteps, seconds and CPU seconds of training so far (without the evaluations), 20 returns;
 - ``*.monitor.csv.gz``: return, length and time of every training episode, in the format of SB3's ``Monitor``;
@@ -25,7 +26,8 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import get_monitor_files
 
 BENCHMARK = "learning"
-EVALUATIONS, EPISODES = 25, 20
+EPISODES = 20
 EVALUATION_SEED = 1_000_000
 MUJOCO = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedDoublePendulum-v5", "Reacher-v5")
 STEPS = {
@@ -59,19 +61,37 @@ class Arm:
         peer: Whether it is the zoo's own algorithm with the zoo's own settings, instead of ours.
         overrides: Settings beyond the entry of the hyperparameter file.
         tasks: What it is run on.
+        evaluations: How often it is evaluated.
     """
 
     algo: str
     peer: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     tasks: Iterable[str] = tuple(STEPS)
+    evaluations: int = 25
 
 
+TWO_TASKS = ("Hopper-v5", "HalfCheetah-v5")
 ARMS = {
+    "TRPO": Arm("trpo"),
     "sb3_contrib TRPO": Arm("trpo", peer=True),
     "PPO": Arm("ppo", peer=True),
-    "A2C": Arm("a2c", peer=True, tasks=("Hopper-v5", "HalfCheetah-v5")),
+    "PPOClip": Arm("ppo_clip", tasks=TWO_TASKS),
+    "NPG": Arm("npg", tasks=TWO_TASKS),
+    "A2C": Arm("a2c", peer=True, tasks=TWO_TASKS),
 }
+
+
+def arm_named(name: str) -> Arm:
+    """An arm of `ARMS`, or a variant with overrides after its name: ``"TRPO momentum=0.5 n_steps=512"``."""
+    base = next((base for base in sorted(ARMS, key=len, reverse=True) if f"{name} ".startswith(f"{base} ")), None)
+    if base is None:
+        raise argparse.ArgumentTypeError(f"unknown arm {name!r}; there are {', '.join(ARMS)}")
+    words = (word.partition("=") for word in name.removeprefix(base).split())
+    overrides = {key: yaml.safe_load(value) for key, _, value in words}
+    if not overrides:
+        return ARMS[base]
+    return replace(ARMS[base], overrides=ARMS[base].overrides | overrides, evaluations=10)
 
 
 def settings(arm: Arm, task: str) -> dict[str, Any]:
@@ -80,9 +100,8 @@ def settings(arm: Arm, task: str) -> dict[str, Any]:
     The zoo's files know the MuJoCo tasks as ``-v4``; where they do not know a task at all, their entry for untuned
     MuJoCo tasks is taken.
     """
-    import rl_zoo3
-
-    entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{arm.algo}.yml").read_text())
+    package = files("rl_zoo3" if arm.peer else "sb3_trpo_ext.zoo")
+    entries = yaml.safe_load((package / "hyperparams" / f"{arm.algo}.yml").read_text())
     names = (task, task.replace("-v5", "-v4"), ZOO_MUJOCO_DEFAULTS)
     entry = next(entries[name] for name in names if name in entries)
     return {**entry, **arm.overrides}
@@ -126,17 +145,21 @@ class TimedEvaluation(EvalCallback):
 def run_job(arm_name: str, task: str, seed: int) -> None:
     """Train one model; write its evaluations, its training episodes and its settings."""
     import torch
-    from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3 import exp_manager
+
+    from sb3_trpo_ext.zoo import register
 
     torch.set_num_threads(1)
-    arm = ARMS[arm_name]
+    arm = arm_named(arm_name)
+    if not arm.peer:
+        register()  # before this, "trpo" is sb3-contrib's
     entry = settings(arm, task)
     path = result_path(BENCHMARK, (arm_name, task, seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w") as log, redirect_stdout(log):
         config = Path(scratch) / "config.yml"
         config.write_text(yaml.safe_dump({task: entry}))
-        manager = ExperimentManager(
+        manager = exp_manager.ExperimentManager(
             argparse.Namespace(),
             arm.algo,
             task,
@@ -153,15 +176,15 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
         model = experiment[0]
         evaluation_env = manager.create_envs(EPISODES, eval_env=True)
         evaluation_env.seed(EVALUATION_SEED + seed)
-        every = STEPS[task] // EVALUATIONS // manager.n_envs
+        every = STEPS[task] // arm.evaluations // manager.n_envs
         evaluation = TimedEvaluation(
             evaluation_env, n_eval_episodes=EPISODES, eval_freq=every, log_path=scratch, verbose=0
         )
         model.learn(STEPS[task], callback=evaluation)
-        table = evaluation.table().head(EVALUATIONS)
+        table = evaluation.table().head(arm.evaluations)
         table.to_csv(path.with_suffix(".evaluations.csv.gz"), index=False)
         write_episodes(manager.save_path, path.with_suffix(".monitor.csv.gz"), task)
-    score = float(np.mean(evaluation.evaluations_results[EVALUATIONS - 1]))
+    score = float(np.mean(evaluation.evaluations_results[arm.evaluations - 1]))
     command = f"python examples/benchmarks/learning.py --job '{arm_name}' {task} {seed}"
     result = {"timesteps": STEPS[task], "score": score, "algorithm": f"{type(model).__module__}.{type(model).__name__}"}
     write_result(BENCHMARK, (arm_name, task, seed), {**result, "settings": entry, "command": command})
@@ -179,7 +202,7 @@ def write_episodes(folder: str, path: Path, task: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), metavar="ARM", help="only these")
     parser.add_argument(
         "--tasks", nargs="*", choices=STEPS, default=list(STEPS), metavar="TASK", help="only these tasks"
     )
@@ -192,7 +215,11 @@ def main() -> None:
         run_job(args.job[0], args.job[1], int(args.job[2]))
         return
     jobs: list[Job] = [
-        (arm, task, seed) for seed in args.seeds for task in args.tasks for arm in args.arms if task in ARMS[arm].tasks
+        (arm, task, seed)
+        for seed in args.seeds
+        for task in args.tasks
+        for arm in args.arms
+        if task in arm_named(arm).tasks
     ]
     sys.exit(run_missing(BENCHMARK, __file__, jobs, args.workers, args.budget_minutes))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor, nn
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.trust_region import Checkpoint
@@ -250,9 +251,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             return affordable_samples(self.policy, lambda part: PolicyOutput.of(self.policy, part).z, batch)
         return self.fisher_chunk_size
 
-    def _fisher_samples(self, batch: Batch) -> int | None:
-        """Most samples that the Fisher matrix is estimated from."""
-        kept = math.ceil(len(batch) / self.sub_sampling_factor)
+    def _fisher_samples(self, samples: int) -> int | None:
+        """Most of the samples of a rollout that the Fisher matrix is estimated from."""
+        kept = math.ceil(samples / self.sub_sampling_factor)
         return kept if self.curvature_samples is None else min(kept, self.curvature_samples)
 
     def _policy_step(self, batch: Batch, chunk_size: int | None = None) -> PolicyStep:
@@ -262,19 +263,32 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         if not gradients:
             return PolicyStep(frozenset(), problem.start, reason="the policy has no trainable parameter")
         params, gradient = list(gradients), flatten(list(gradients.values()))
-        actor = frozenset(params)
         if not bool(gradient.isfinite().all()):
-            return PolicyStep(actor, problem.start, reason="the gradient of the surrogate is not finite")
+            return PolicyStep(frozenset(params), problem.start, reason="the gradient of the surrogate is not finite")
 
         with explained_double_backward():
-            fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(batch))
-            solution = conjugate_gradient(
-                fisher,
-                gradient,
-                max_steps=self.cg_max_steps,
-                residual_tol=self.cg_residual_tol,
-                check_every=check_interval(gradient),
-            )
+            return self._ascend(gradient, lambda vector: self._step_along(problem, params, gradient, vector))
+
+    def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
+        """Take the step that `_step_along` makes of a vector: here of the gradient."""
+        return step_along(gradient)
+
+    def _step_along(
+        self,
+        problem: PolicyProblem,
+        params: list[nn.Parameter],
+        gradient: Tensor,
+        vector: Tensor,
+    ) -> PolicyStep:
+        """A step along F⁻¹v; the parameters are restored if it is rejected."""
+        actor = frozenset(params)
+        solution = conjugate_gradient(
+            problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(problem.size)),
+            vector,
+            max_steps=self.cg_max_steps,
+            residual_tol=self.cg_residual_tol,
+            check_every=check_interval(vector),
+        )
         if not 0 < solution.curvature < math.inf:
             reason = f"conjugate gradients found no direction ({solution.stop})"
             return PolicyStep(actor, problem.start, cg_steps=solution.steps, reason=reason)

@@ -116,6 +116,11 @@ class PolicyProblem:
         return torch.cat(self._old)
 
     @property
+    def size(self) -> int:
+        """N, the samples of the batch."""
+        return len(self._batch)
+
+    @property
     def max_advantage(self) -> float:
         """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
         return float(self._batch.advantages.abs().max())
@@ -152,13 +157,13 @@ class PolicyProblem:
     def fisher(self, params: Sequence[nn.Parameter], damping: float, samples: int | None = None) -> GaussNewtonProduct:
         """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
 
-        The graph that gave the gradient also serves the products where both see the whole batch in one chunk.
+        The graph that gave the gradient also serves the products where both see the whole batch in one chunk. It is
+        given away: it dies with the first step that is tried, even one that is undone.
         """
         batch = self._batch if samples is None else self._batch.subset(samples)
-        if batch is self._batch and self._graph is not None:
-            graph = self._graph
+        graph, self._graph = self._graph, None
+        if batch is self._batch and graph is not None:
             return GaussNewtonProduct([lambda: _fisher_segment(batch, graph)], params, damping)
-        self._graph = None
 
         def segment(chunk: Batch) -> Segment:
             return lambda: _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))

@@ -63,6 +63,7 @@ class PolicyStep:
         expected_improvement: gᵀs at that fraction of the step (at the full step if rejected).
         cg_steps: Conjugate-gradient iterations.
         cg_residual: Their relative residual.
+        momentum: Weight of the previous directions in the one taken.
         reason: Why the step was rejected; empty if it was accepted.
     """
 
@@ -74,4 +75,5 @@ class PolicyStep:
     expected_improvement: float = 0.0
     cg_steps: int = 0
     cg_residual: float = 0.0
+    momentum: float = 0.0
     reason: str = ""

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo import ALGORITHMS
 from sb3_trpo_ext.zoo.experiment import HYPERPARAMETERS
-from tests.zoo.conftest import Build
+
+Build = Callable[..., Any]
 
 NAMES = ["Ant", "HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Reacher", "Humanoid", "HumanoidStandup", "Pusher"]
 NAMES += ["InvertedPendulum", "InvertedDoublePendulum"]

@@ -1,4 +1,5 @@
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -10,7 +11,8 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext.zoo import ALGORITHMS
-from tests.zoo.conftest import Build
+
+Build = Callable[..., Any]
 
 
 class Masked(gym.Env[Any, Any]):

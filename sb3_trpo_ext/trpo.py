@@ -10,14 +10,17 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.trust_region import Acceptance, Restorable, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.sb3.algorithm import Attributes
-from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number
+from sb3_trpo_ext.sb3.buffers import resize
+from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
@@ -99,6 +102,10 @@ class TRPO(NaturalGradientAlgorithm):
             policy gradients, Huang et al. 2020, https://arxiv.org/abs/2007.06680). The noise of one rollout's gradient,
             not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where the line search along it
             fails, m is forgotten and the plain direction is tried. ``train/momentum`` logs the μ of the step taken.
+        final_n_steps: Steps of each environment in the last rollout of ``learn``: rollouts grow (or shrink)
+            geometrically from ``n_steps`` to it with the progress of training. Small rollouts make many steps while the
+            gradient is large, large ones average its noise away when it is small (Byrd et al. 2012,
+            https://doi.org/10.1007/s10107-012-0572-5). None keeps ``n_steps``.
         curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
             Gauss-Newton critic are estimated from. None for all.
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
@@ -152,6 +159,7 @@ class TRPO(NaturalGradientAlgorithm):
         trust_region: Literal["mean", "max"] = "mean",
         kl_penalty: float | Literal["theory"] | None = None,
         momentum: float = 0.0,
+        final_n_steps: int | None = None,
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 0.03,
@@ -196,6 +204,7 @@ class TRPO(NaturalGradientAlgorithm):
         self.trust_region = trust_region
         self.kl_penalty = kl_penalty
         self.momentum = momentum
+        self.final_n_steps = final_n_steps
         self.gradient_memory: np.ndarray | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
@@ -207,6 +216,10 @@ class TRPO(NaturalGradientAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_fraction("momentum", self.momentum, include_zero=True)
+        if self.final_n_steps is not None:
+            check_integer("final_n_steps", self.final_n_steps, hint="Pass None for rollouts of one length.")
+            if self.env is not None:
+                check_rollout_size(self.final_n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
         check_integer("line_search_max_iter", self.line_search_max_iter)
         check_fraction("line_search_shrinking_factor", self.line_search_shrinking_factor)
         check_fraction("line_search_accept_ratio", self.line_search_accept_ratio, include_zero=True)
@@ -224,6 +237,22 @@ class TRPO(NaturalGradientAlgorithm):
                 f"kl_penalty='theory' is 4εγ/(1-γ)², which means nothing at gamma={self.gamma}. Pass a gamma between 0 "
                 "and 1, or a number."
             )
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
+    ) -> bool:
+        """Collect a rollout of `rollout_steps` steps as SB3 does, and refuse one that is not finite."""
+        steps = self.rollout_steps()
+        resize(rollout_buffer, steps)
+        return super().collect_rollouts(env, callback, rollout_buffer, steps, *args)
+
+    def rollout_steps(self) -> int:
+        """Steps of each environment in the next rollout: ``n_steps``, or on the way to ``final_n_steps``."""
+        if self.final_n_steps is None:
+            return self.n_steps
+        # What SB3 keeps as the progress is that of the last update: the previous ``learn``'s, at the start of another.
+        progress = min(self.num_timesteps / max(self._total_timesteps, 1), 1.0)
+        return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return (*super()._checkpoints(), Attributes(self, "gradient_memory"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch")
 
 Job = tuple[str, str, int]

@@ -31,14 +31,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import yaml
+from gymnasium.wrappers import RecordEpisodeStatistics
 from jobs import Job, result_path, run_missing, write_result
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import get_monitor_files
 
 BENCHMARK = "learning"
+RANDOM = "random"
 EPISODES = 20
 EVALUATION_SEED = 1_000_000
 MUJOCO = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedDoublePendulum-v5", "Reacher-v5")
@@ -142,6 +145,18 @@ class TimedEvaluation(EvalCallback):
         return pd.DataFrame({**columns, **{f"return_{k}": returns[:, k] for k in range(EPISODES)}})
 
 
+def run_random(task: str, seed: int, episodes: int = 100) -> None:
+    """Write what uniformly drawn actions return: the zero of normalised scores."""
+    env = RecordEpisodeStatistics(gym.make(task), buffer_length=episodes)
+    env.action_space.seed(seed)
+    env.reset(seed=EVALUATION_SEED + seed)
+    while len(env.return_queue) < episodes:
+        *_, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            env.reset()
+    write_result(BENCHMARK, (RANDOM, task, seed), {"episodes": episodes, "score": float(np.mean(env.return_queue))})
+
+
 def run_job(arm_name: str, task: str, seed: int) -> None:
     """Train one model; write its evaluations, its training episodes and its settings."""
     import torch
@@ -151,6 +166,7 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
 
     torch.set_num_threads(1)
     arm = arm_named(arm_name)
+    steps = arm.overrides.get("n_timesteps", STEPS[task])
     if not arm.peer:
         register()  # before this, "trpo" is sb3-contrib's
     entry = settings(arm, task)
@@ -164,7 +180,7 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
             arm.algo,
             task,
             scratch,
-            n_timesteps=STEPS[task],
+            n_timesteps=steps,
             eval_freq=-1,
             seed=seed,
             verbose=0,
@@ -176,17 +192,17 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
         model = experiment[0]
         evaluation_env = manager.create_envs(EPISODES, eval_env=True)
         evaluation_env.seed(EVALUATION_SEED + seed)
-        every = STEPS[task] // arm.evaluations // manager.n_envs
+        every = steps // arm.evaluations // manager.n_envs
         evaluation = TimedEvaluation(
             evaluation_env, n_eval_episodes=EPISODES, eval_freq=every, log_path=scratch, verbose=0
         )
-        model.learn(STEPS[task], callback=evaluation)
+        model.learn(steps, callback=evaluation)
         table = evaluation.table().head(arm.evaluations)
         table.to_csv(path.with_suffix(".evaluations.csv.gz"), index=False)
         write_episodes(manager.save_path, path.with_suffix(".monitor.csv.gz"), task)
     score = float(np.mean(evaluation.evaluations_results[arm.evaluations - 1]))
     command = f"python examples/benchmarks/learning.py --job '{arm_name}' {task} {seed}"
-    result = {"timesteps": STEPS[task], "score": score, "algorithm": f"{type(model).__module__}.{type(model).__name__}"}
+    result = {"timesteps": steps, "score": score, "algorithm": f"{type(model).__module__}.{type(model).__name__}"}
     write_result(BENCHMARK, (arm_name, task, seed), {**result, "settings": entry, "command": command})
 
 
@@ -212,9 +228,11 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, help="start no job after this time")
     args = parser.parse_args()
     if args.job:
-        run_job(args.job[0], args.job[1], int(args.job[2]))
+        arm, task, seed = args.job[0], args.job[1], int(args.job[2])
+        run_random(task, seed) if arm == RANDOM else run_job(arm, task, seed)
         return
-    jobs: list[Job] = [
+    jobs: list[Job] = [(RANDOM, task, 0) for task in args.tasks]
+    jobs += [
         (arm, task, seed)
         for seed in args.seeds
         for task in args.tasks

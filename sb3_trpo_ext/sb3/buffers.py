@@ -44,6 +44,16 @@ def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
     return _of_samples(data, buffer, action_space)
 
 
+def resize(buffer: RolloutBuffer, n_steps: int) -> None:
+    """Give a rollout buffer room for another number of steps of each environment; it is empty afterwards."""
+    if buffer.buffer_size == n_steps:
+        return
+    buffer.buffer_size = n_steps
+    if isinstance(buffer, RECURRENT_BUFFERS):
+        buffer.hidden_state_shape = (n_steps, *buffer.hidden_state_shape[1:])
+    buffer.reset()
+
+
 def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: spaces.Space) -> Iterator[Batch]:
     """One epoch of minibatches of a rollout, those that the buffer's ``get`` would give, drawn as it draws them.
 

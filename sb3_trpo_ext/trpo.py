@@ -315,8 +315,7 @@ class TRPO(NaturalGradientAlgorithm):
         return self.kl_penalty or 0.0
 
     def _described(self, step: PolicyStep) -> dict[str, float]:
-        return super()._described(step) | {
-            "train/is_line_search_success": float(not step.reason),
-            "train/step_fraction": step.fraction,
-            "train/momentum": step.momentum,
-        }
+        record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}
+        if self.momentum:
+            record["train/momentum"] = step.momentum
+        return super()._described(step) | record

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, **variables: str) -> str:
     """Run an example in a process of its own and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment
     ).stdout
@@ -71,6 +73,31 @@ def test_the_critic_comparison_reports() -> None:
 
 def test_the_comparison_of_the_family_reports() -> None:
     assert "| RecurrentTRPO |" in run(str(EXAMPLES / "benchmarks" / "family.py"), "--report")
+
+
+def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmarks" / "learning.py")
+    variant = "TRPO n_timesteps=2000 n_steps=64"
+    jobs = ("--arms", variant, "--tasks", "CartPole-v1", "--seeds", "0", "1", "--workers", "1")
+    results = {"BENCHMARK_RESULTS": str(tmp_path)}
+    assert "0/3" in run(script, *jobs, "--budget-minutes", "0", **results)
+    assert "3/3" in run(script, *jobs, **results)
+    assert "0/0" in run(script, *jobs, **results)  # nothing is run twice
+
+    folder = tmp_path / "learning"
+    evaluations = pd.read_csv(folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.evaluations.csv.gz")
+    assert list(evaluations["timesteps"]) == [200 * k for k in range(1, 11)]
+    assert evaluations["cpu_seconds"].is_monotonic_increasing
+    assert evaluations.filter(like="return_").shape == (10, 20)
+    monitor = folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.monitor.csv.gz"
+    episodes = pd.read_csv(monitor, skiprows=1)
+    assert list(episodes) == ["r", "l", "t"] and 1000 < episodes["l"].sum() <= 2048
+    assert json.loads((folder / "random-CartPole-v1-0.json").read_text())["score"] < 40
+    written = json.loads((folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.json").read_text())
+    assert written["algorithm"] == "sb3_trpo_ext.trpo.TRPO" and written["settings"]["n_steps"] == 64
+
+    printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--variants", "0", "1", **results)
+    assert f"| {variant} | " in printed and "(n=2)" in printed
 
 
 def test_the_speed_benchmark_measures_and_reports(tmp_path: Path) -> None:

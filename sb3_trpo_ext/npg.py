@@ -31,8 +31,8 @@ class NPG(NaturalGradientAlgorithm):
         step_size: α > 0, a float or a schedule of the remaining progress, in place of ``target_kl``. None scales to
             the boundary.
         _init_setup_model: Build the networks at construction.
-        **kwargs: Those of `TRPO` but for the line search's, ``trust_region``, ``kl_penalty``, ``momentum`` and
-            ``final_n_steps``.
+        **kwargs: Those of `TRPO` but for the line search's, ``trust_region``, ``kl_penalty``, ``momentum``,
+            ``sample_reuse`` and ``final_n_steps``.
 
     Raises:
         TypeError: For an unknown argument; one of TRPO's or PPO's is answered with what to use instead.
@@ -46,6 +46,7 @@ class NPG(NaturalGradientAlgorithm):
             "it has no line search: use the class TRPO",
         ),
         "trust_region": "without a line search only the quadratic model of the mean KL bounds it: use the class TRPO",
+        "sample_reuse": "the bound on the KL divergence that it needs is kept by a line search: use the class TRPO",
         "final_n_steps": "its rollouts keep their length: use the class TRPO",
         "momentum": "it falls back on the plain direction where a line search fails: use the class TRPO",
         "kl_penalty": "its penalised form is `step_size` = 1 / kl_penalty",

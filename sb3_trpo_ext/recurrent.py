@@ -90,13 +90,21 @@ class RecurrentTRPO(TRPO, RecurrentRollouts):  # type: ignore[misc]  # narrower 
             ``RecurrentActorCriticPolicy``. ``policy_kwargs``: ``lstm_hidden_size``, ``n_lstm_layers``,
             ``shared_lstm``, ``enable_critic_lstm``, ``lstm_kwargs``.
         env: The environment, or its Gymnasium id.
-        others: Those of `TRPO`, but for ``rollout_buffer_class`` and ``rollout_buffer_kwargs``.
+        others: Those of `TRPO`, but for ``rollout_buffer_class``, ``rollout_buffer_kwargs`` and ``sample_reuse``.
 
     Raises:
         ValueError: If an argument is out of range, or a rollout buffer is chosen.
     """
 
     policy_aliases = RecurrentPPO.policy_aliases
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.sample_reuse > 1:
+            raise ValueError(
+                f"`sample_reuse` must be 1 for a recurrent policy, got {self.sample_reuse}: the hidden states of a "
+                "past rollout are those of the policy that made it. Leave it out."
+            )
 
 
 class RecurrentNPG(NPG, RecurrentRollouts):  # type: ignore[misc]

@@ -19,10 +19,12 @@ from torch import Tensor
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.trust_region import Acceptance, Restorable, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.sb3.algorithm import Attributes
-from sb3_trpo_ext.sb3.buffers import resize
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, resize
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
 from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
 
 
@@ -102,6 +104,11 @@ class TRPO(NaturalGradientAlgorithm):
             policy gradients, Huang et al. 2020, https://arxiv.org/abs/2007.06680). The noise of one rollout's gradient,
             not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where the line search along it
             fails, m is forgotten and the plain direction is tried. ``train/momentum`` logs the μ of the step taken.
+        sample_reuse: M: the policy step sees the last M rollouts, with the exact ratios to the policies that made them
+            (equation 10 with q = these) and advantages estimated again by V-trace (GeTRPO, Queeney et al. 2022,
+            https://arxiv.org/abs/2206.13714). δ is divided by ((M+1)/2)², so that a sample is left as far in all as
+            without reuse. Fewer ``n_steps`` make use of it. The rollouts are not saved with the model, and their
+            observations keep the normalisation that they had.
         final_n_steps: Steps of each environment in the last rollout of ``learn``: rollouts grow (or shrink)
             geometrically from ``n_steps`` to it with the progress of training. Small rollouts make many steps while the
             gradient is large, large ones average its noise away when it is small (Byrd et al. 2012,
@@ -159,6 +166,7 @@ class TRPO(NaturalGradientAlgorithm):
         trust_region: Literal["mean", "max"] = "mean",
         kl_penalty: float | Literal["theory"] | None = None,
         momentum: float = 0.0,
+        sample_reuse: int = 1,
         final_n_steps: int | None = None,
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
@@ -204,6 +212,8 @@ class TRPO(NaturalGradientAlgorithm):
         self.trust_region = trust_region
         self.kl_penalty = kl_penalty
         self.momentum = momentum
+        self.sample_reuse = sample_reuse
+        self._past_rollouts: tuple[PastRollout, ...] = ()
         self.final_n_steps = final_n_steps
         self.gradient_memory: np.ndarray | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
@@ -216,6 +226,12 @@ class TRPO(NaturalGradientAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_fraction("momentum", self.momentum, include_zero=True)
+        check_integer("sample_reuse", self.sample_reuse, hint="1 uses every rollout once.")
+        if self.sample_reuse > 1 and self.rollout_buffer_class not in (None, *VIEWED_BUFFERS):
+            raise ValueError(
+                f"`sample_reuse` needs the arrays of SB3's own rollout buffers, got {self.sample_reuse} with "
+                f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
+            )
         if self.final_n_steps is not None:
             check_integer("final_n_steps", self.final_n_steps, hint="Pass None for rollouts of one length.")
             if self.env is not None:
@@ -255,7 +271,27 @@ class TRPO(NaturalGradientAlgorithm):
         return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return (*super()._checkpoints(), Attributes(self, "gradient_memory"))
+        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts"))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_past_rollouts"]
+
+    def trust_region_radius(self) -> float:
+        """δ in force: the bound on the joint KL divergence, in nats."""
+        return shared_radius(super().trust_region_radius(), self.sample_reuse)
+
+    def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
+        """The rollout, and those of the last policies as the policy sees them now."""
+        if self.sample_reuse == 1:
+            return batch
+        past = [
+            rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
+            for rollout in self._past_rollouts
+        ]
+        assert self._last_episode_starts is not None  # since the rollout
+        newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
+        self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
+        return joined([batch, *past])
 
     def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
         """A step along the heavy ball's direction, or along the plain one where that is rejected or there is none."""

@@ -218,8 +218,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             with timed(record, "time/policy_s"):
                 batch = whole_rollout(self.rollout_buffer, self.action_space)
                 chunk_size = self._chunk_size(batch)
+                seen = self._seen_by_policy(batch, chunk_size)
                 step = self._policy_step(
-                    batch.with_normalized_advantages() if self.normalize_advantage else batch, chunk_size
+                    seen.with_normalized_advantages() if self.normalize_advantage else seen, chunk_size
                 )
             with timed(record, "time/critic_s"):
                 record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
@@ -255,6 +256,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """Most of the samples of a rollout that the Fisher matrix is estimated from."""
         kept = math.ceil(samples / self.sub_sampling_factor)
         return kept if self.curvature_samples is None else min(kept, self.curvature_samples)
+
+    def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
+        """What the policy step sees, of a rollout that the critic sees as it is."""
+        return batch
 
     def _policy_step(self, batch: Batch, chunk_size: int | None = None) -> PolicyStep:
         """One step of the policy; the parameters are restored, bit for bit, if it is rejected."""

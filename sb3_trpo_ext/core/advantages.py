@@ -1,0 +1,35 @@
+"""Advantages of one policy from what another did."""
+
+import torch
+from torch import Tensor
+
+
+def trace_advantages(
+    rewards: Tensor, values: Tensor, continues: Tensor, ratios: Tensor, *, discount: float, trace_decay: float
+) -> Tensor:
+    """Advantages of π from trajectories of μ: generalised advantage estimation with truncated importance weights.
+
+    A_t = δ_t + Σ_{j>=1} γ^j (Π_{i=1..j} c_{t+i}) δ_{t+j} with δ_t = r_t + γV(s_{t+1}) - V(s_t) and
+    c_t = λ·min(1, π(a_t|s_t)/μ(a_t|s_t)): the traces of V-trace (Espeholt et al. 2018,
+    https://arxiv.org/abs/1802.01561) for an advantage, as Queeney et al. (2022, https://arxiv.org/abs/2206.13714) use
+    them. Where π = μ it is the GAE(γ, λ) of Schulman et al. (2016).
+
+    Args:
+        rewards: r, ``(T, E)``.
+        values: V, ``(T + 1, E)``: of the states, and of what follows the last.
+        continues: 1 where s_{t+1} belongs to the episode of s_t, 0 where that ended, ``(T, E)``.
+        ratios: π(a|s)/μ(a|s), ``(T, E)``.
+        discount: γ.
+        trace_decay: λ.
+
+    Returns:
+        A, ``(T, E)``.
+    """
+    deltas = rewards + discount * continues * values[1:] - values[:-1]
+    traces = trace_decay * ratios.clamp(max=1.0)
+    advantages = torch.empty_like(deltas)
+    ahead = torch.zeros_like(deltas[0])  # what follows the last step is unknown
+    for t in reversed(range(len(deltas))):
+        advantages[t] = deltas[t] + discount * continues[t] * ahead
+        ahead = traces[t] * advantages[t]
+    return advantages

@@ -97,6 +97,12 @@ def arm_named(name: str) -> Arm:
     return replace(ARMS[base], overrides=ARMS[base].overrides | overrides, evaluations=10)
 
 
+def known_arm(name: str) -> str:
+    """The name, if `arm_named` knows it."""
+    arm_named(name)
+    return name
+
+
 def settings(arm: Arm, task: str) -> dict[str, Any]:
     """The entry of the task in the hyperparameter file of the arm, with the overrides of the arm.
 
@@ -218,7 +224,7 @@ def write_episodes(folder: str, path: Path, task: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), metavar="ARM", help="only these")
+    parser.add_argument("--arms", nargs="*", type=known_arm, default=list(ARMS), metavar="ARM", help="only these")
     parser.add_argument(
         "--tasks", nargs="*", choices=STEPS, default=list(STEPS), metavar="TASK", help="only these tasks"
     )

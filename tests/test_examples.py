@@ -100,6 +100,13 @@ def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path)
     assert f"| {variant} | " in printed and "(n=2)" in printed
 
 
+def test_the_report_on_learning_makes_tables_and_figures(tmp_path: Path) -> None:
+    printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--figures", str(tmp_path))
+    assert "| Hopper-v5 (300k) |" in printed and "| TRPO | 0." in printed
+    for name in ("learning_curves.png", "learning_aggregates.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_speed_benchmark_measures_and_reports(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmarks" / "speed.py")
     for arm in ("ours", "peer"):

@@ -17,9 +17,8 @@ trpo-zoo enjoy "${agent[@]}" --no-render -n 2000
 # A video, in the folder of the run.
 trpo-zoo record_video "${agent[@]}" -n 500
 
-# The training returns. On a machine without a display, only MPLBACKEND=Agg can be drawn.
-MPLBACKEND=${MPLBACKEND:-$([ -n "${DISPLAY:-}" ] && echo TkAgg || echo Agg)} \
-    trpo-zoo plot_train -a trpo -e CartPole-v1 -f "$folder" -w 20
+# The training returns, in a window where there is a display.
+trpo-zoo plot_train -a trpo -e CartPole-v1 -f "$folder" -w 20
 
 # The evaluations, as a table.
 trpo-zoo all_plots -a trpo -e CartPole-v1 -f "$folder" --no-display -o "$folder/evaluations"

@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 from sb3_contrib import MaskablePPO
-from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS
 from sb3_trpo_ext.sb3.distributions import CategoricalFamily, family_of
 from sb3_trpo_ext.trpo import TRPO
 
@@ -82,7 +82,7 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         return completed
 
     def _check_masks(self, buffer: RolloutBuffer) -> None:
-        if not isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer)):
+        if not isinstance(buffer, MASKABLE_BUFFERS):
             return
         family = family_of(self.policy.action_dist)
         assert isinstance(family, CategoricalFamily)  # as every maskable distribution

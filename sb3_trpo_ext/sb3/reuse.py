@@ -54,7 +54,7 @@ class PastRollout:
             discount=discount,
             trace_decay=trace_decay,
         )
-        return replace(self.batch, advantages=advantages.flatten(), old_values=values)
+        return replace(self.batch, advantages=advantages.flatten())
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

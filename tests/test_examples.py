@@ -86,9 +86,9 @@ def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path)
 
     folder = tmp_path / "learning"
     evaluations = pd.read_csv(folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.evaluations.csv.gz")
-    assert list(evaluations["timesteps"]) == [200 * k for k in range(1, 11)]
+    assert list(evaluations["timesteps"]) == [1840, 1920, 2000]
     assert evaluations["cpu_seconds"].is_monotonic_increasing
-    assert evaluations.filter(like="return_").shape == (10, 20)
+    assert evaluations.filter(like="return_").shape == (3, 20)
     monitor = folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.monitor.csv.gz"
     episodes = pd.read_csv(monitor, skiprows=1)
     assert list(episodes) == ["r", "l", "t"] and 1000 < episodes["l"].sum() <= 2048
@@ -103,7 +103,7 @@ def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path)
 def test_the_report_on_learning_makes_tables_and_figures(tmp_path: Path) -> None:
     printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--figures", str(tmp_path))
     assert "| Hopper-v5 (300k) |" in printed and "| TRPO | 0." in printed
-    for name in ("learning_curves.png", "learning_aggregates.png"):
+    for name in ("learning_curves.png", "learning_aggregates.png", "step_sizes.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,12 +3,14 @@
     python examples/benchmarks/learning.py                          # run what is missing, two jobs at a time
     python examples/benchmarks/learning.py --arms PPO --tasks Hopper-v5 --seeds 0 1
     python examples/benchmarks/learning.py --arms "TRPO momentum=0.5" "TRPO target_kl=0.02" --seeds 100 101
+    python examples/benchmarks/learning.py --study step-sizes       # another of the STUDIES
     python examples/benchmarks/learning.py --budget-minutes 60      # start no job after an hour
     python examples/benchmarks/report.py                            # tables and figures of what is there
 
 A job is (arm, task, seed), in a process of its own with one thread. It trains through the RL Zoo's own experiment
 manager, so that environments, wrappers and schedules are those of ``train --algo ALGO --env TASK``, is evaluated at 25
-points (10 for variants of an arm) by 20 episodes with deterministic actions, and leaves, under ``results/learning``,
+points (variants of an arm: at the last three of them) by 20 episodes with deterministic actions, and leaves, under
+``results/learning``,
 
 - ``*.evaluations.csv.gz``: timesteps, seconds and CPU seconds of training so far (without the evaluations), 20 returns;
 - ``*.monitor.csv.gz``: return, length and time of every training episode, in the format of SB3's ``Monitor``;
@@ -24,7 +26,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -42,15 +43,17 @@ from stable_baselines3.common.monitor import get_monitor_files
 
 BENCHMARK = "learning"
 RANDOM = "random"
+EVALUATIONS = 25
 EPISODES = 20
 EVALUATION_SEED = 1_000_000
 MUJOCO = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedDoublePendulum-v5", "Reacher-v5")
-STEPS = {
+MAIN_STEPS = {
     **dict.fromkeys(MUJOCO, 300_000),
     "CartPole-v1": 100_000,
     "Acrobot-v1": 100_000,
     "LunarLander-v3": 200_000,
 }
+STEPS = {**MAIN_STEPS, "Swimmer-v5": 300_000, "Ant-v5": 300_000}
 ZOO_MUJOCO_DEFAULTS = "Ant-v4"
 """The zoo's entry for MuJoCo tasks that it has not tuned; its files name it through this task."""
 
@@ -64,14 +67,14 @@ class Arm:
         peer: Whether it is the zoo's own algorithm with the zoo's own settings, instead of ours.
         overrides: Settings beyond the entry of the hyperparameter file.
         tasks: What it is run on.
-        evaluations: How often it is evaluated.
+        skipped: How many of the evaluations are left out, from the start.
     """
 
     algo: str
     peer: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
-    tasks: Iterable[str] = tuple(STEPS)
-    evaluations: int = 25
+    tasks: tuple[str, ...] = tuple(STEPS)
+    skipped: int = 0
 
 
 TWO_TASKS = ("Hopper-v5", "HalfCheetah-v5")
@@ -85,6 +88,47 @@ ARMS = {
 }
 
 
+@dataclass(frozen=True)
+class Study:
+    """What is run for one question: every arm on every task that it is meant for, with every seed."""
+
+    arms: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: int
+
+
+STEP_SIZES = {
+    "TRPO": ("target_kl", (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "A2C": ("learning_rate", (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
+}
+
+
+def step_size_arm(arm: str, value: float) -> str:
+    """The arm with another step size, for 200k steps."""
+    return f"{arm} {STEP_SIZES[arm][0]}={value} n_timesteps=200000"
+
+
+def long_arm(arm: str) -> str:
+    """The arm, for a million steps."""
+    return f"{arm} n_timesteps=1000000"
+
+
+STUDIES = {
+    "main": Study(tuple(ARMS), tuple(MAIN_STEPS), 5),
+    "step-sizes": Study(
+        tuple(step_size_arm(arm, value) for arm, (_, values) in STEP_SIZES.items() for value in values),
+        ("Hopper-v5",),
+        3,
+    ),
+    "long": Study(
+        tuple(map(long_arm, ("TRPO", "sb3_contrib TRPO"))),
+        ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Swimmer-v5", "Ant-v5"),
+        3,
+    ),
+}
+"""The comparison at 300k steps and less, the range of step sizes that learn, and what a million steps bring."""
+
+
 def arm_named(name: str) -> Arm:
     """An arm of `ARMS`, or a variant with overrides after its name: ``"TRPO momentum=0.5 n_steps=512"``."""
     base = next((base for base in sorted(ARMS, key=len, reverse=True) if f"{name} ".startswith(f"{base} ")), None)
@@ -94,7 +138,7 @@ def arm_named(name: str) -> Arm:
     overrides = {key: yaml.safe_load(value) for key, _, value in words}
     if not overrides:
         return ARMS[base]
-    return replace(ARMS[base], overrides=ARMS[base].overrides | overrides, evaluations=10)
+    return replace(ARMS[base], overrides=ARMS[base].overrides | overrides, skipped=EVALUATIONS - 3)
 
 
 def known_arm(name: str) -> str:
@@ -117,10 +161,11 @@ def settings(arm: Arm, task: str) -> dict[str, Any]:
 
 
 class TimedEvaluation(EvalCallback):
-    """SB3's evaluation, with the time that training took without it."""
+    """SB3's evaluation without the first ones, and with the time that training took without it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, skipped: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.skipped = skipped
         self.seconds: list[tuple[float, float]] = []
         self._started = self._clocks()
 
@@ -132,7 +177,7 @@ class TimedEvaluation(EvalCallback):
         self._started = self._clocks()
 
     def _on_step(self) -> bool:
-        if self.n_calls % self.eval_freq:
+        if self.n_calls % self.eval_freq or self.n_calls <= self.skipped * self.eval_freq:
             return True
         before = self._clocks()
         self.seconds.append(tuple(before - self._started))
@@ -198,15 +243,19 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
         model = experiment[0]
         evaluation_env = manager.create_envs(EPISODES, eval_env=True)
         evaluation_env.seed(EVALUATION_SEED + seed)
-        every = steps // arm.evaluations // manager.n_envs
         evaluation = TimedEvaluation(
-            evaluation_env, n_eval_episodes=EPISODES, eval_freq=every, log_path=scratch, verbose=0
+            evaluation_env,
+            skipped=arm.skipped,
+            n_eval_episodes=EPISODES,
+            eval_freq=steps // EVALUATIONS // manager.n_envs,
+            log_path=scratch,
+            verbose=0,
         )
         model.learn(steps, callback=evaluation)
-        table = evaluation.table().head(arm.evaluations)
+        table = evaluation.table().head(EVALUATIONS - arm.skipped)
         table.to_csv(path.with_suffix(".evaluations.csv.gz"), index=False)
         write_episodes(manager.save_path, path.with_suffix(".monitor.csv.gz"), task)
-    score = float(np.mean(evaluation.evaluations_results[arm.evaluations - 1]))
+    score = float(table.filter(like="return_").iloc[-1].mean())
     command = f"python examples/benchmarks/learning.py --job '{arm_name}' {task} {seed}"
     result = {"timesteps": steps, "score": score, "algorithm": f"{type(model).__module__}.{type(model).__name__}"}
     write_result(BENCHMARK, (arm_name, task, seed), {**result, "settings": entry, "command": command})
@@ -224,11 +273,10 @@ def write_episodes(folder: str, path: Path, task: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="*", type=known_arm, default=list(ARMS), metavar="ARM", help="only these")
-    parser.add_argument(
-        "--tasks", nargs="*", choices=STEPS, default=list(STEPS), metavar="TASK", help="only these tasks"
-    )
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)), help="seeds of every arm and task")
+    parser.add_argument("--study", choices=STUDIES, default="main", help="arms, tasks and seeds, where not given")
+    parser.add_argument("--arms", nargs="*", type=known_arm, metavar="ARM", help="only these, or variants of them")
+    parser.add_argument("--tasks", nargs="*", choices=STEPS, metavar="TASK", help="only these tasks")
+    parser.add_argument("--seeds", nargs="*", type=int, help="seeds of every arm and task")
     parser.add_argument("--job", nargs=3, metavar=("ARM", "TASK", "SEED"), help="run one job (used internally)")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     parser.add_argument("--budget-minutes", type=float, help="start no job after this time")
@@ -237,12 +285,14 @@ def main() -> None:
         arm, task, seed = args.job[0], args.job[1], int(args.job[2])
         run_random(task, seed) if arm == RANDOM else run_job(arm, task, seed)
         return
-    jobs: list[Job] = [(RANDOM, task, 0) for task in args.tasks]
+    study = STUDIES[args.study]
+    tasks = args.tasks or study.tasks
+    jobs: list[Job] = [(RANDOM, task, 0) for task in tasks]
     jobs += [
         (arm, task, seed)
-        for seed in args.seeds
-        for task in args.tasks
-        for arm in args.arms
+        for seed in args.seeds or range(study.seeds)
+        for task in tasks
+        for arm in args.arms or study.arms
         if task in arm_named(arm).tasks
     ]
     sys.exit(run_missing(BENCHMARK, __file__, jobs, args.workers, args.budget_minutes))

@@ -31,7 +31,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jobs import RESULTS, result_path
-from learning import ARMS, BENCHMARK, MUJOCO, RANDOM, STEPS
+from learning import (
+    ARMS,
+    BENCHMARK,
+    MAIN_STEPS,
+    MUJOCO,
+    RANDOM,
+    STEP_SIZES,
+    STUDIES,
+    TWO_TASKS,
+    step_size_arm,
+)
 from rliable import library, metrics
 
 warnings.filterwarnings("ignore", message="random_state is deprecated")  # rliable's own call of arch
@@ -42,10 +52,13 @@ PUBLISHED = {
     "Hopper-v5": (3372, "sb3-contrib's TRPO"),
     "Walker2d-v5": (4502, "sb3-contrib's TRPO"),
     "HalfCheetah-v5": (5784, "tianshou's PPO"),
-    "InvertedDoublePendulum-v5": (9243, "tianshou's NPG"),
-    "Reacher-v5": (-4.5, "tianshou's TRPO"),
+    "InvertedDoublePendulum-v5": (9351, "tianshou's A2C"),
+    "Reacher-v5": (-4.1, "tianshou's PPO"),
+    "Swimmer-v5": (359, "sb3-contrib's TRPO"),
+    "Ant-v5": (3554, "sb3-contrib's TRPO"),
 }
-"""Returns after 1M steps on earlier versions of the tasks."""
+"""Returns after 1M steps on earlier versions of the tasks: the best in sb3-contrib's documentation of TRPO (3 seeds,
+``-v3``) and tianshou's MuJoCo benchmark (10 seeds, ``-v3`` and ``-v2``, the best of each run)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,21 @@ def table_of_returns(arms: Sequence[str], tasks: Sequence[str], seeds: Iterable[
         for arm in arms:
             finals = [run.final for run in runs_of(arm, task, seeds)]
             cells.append(interval_of(finals, 1 if task.startswith("Reacher") else 0) + f" (n={len(finals)})")
-        print(f"| {task} ({STEPS[task] // 1000}k) | " + " | ".join(cells) + " |")
+        print(f"| {task} ({MAIN_STEPS[task] // 1000}k) | " + " | ".join(cells) + " |")
+
+
+def table_of_long_runs() -> None:
+    """Print the final returns after a million steps: mean and each seed, beside the best published."""
+    study = STUDIES["long"]
+    print("| task (1M) | " + " | ".join(arm.rpartition(" ")[0] for arm in study.arms) + " | published |")
+    print("|---" * (len(study.arms) + 2) + "|")
+    for task in study.tasks:
+        cells = []
+        for arm in study.arms:
+            finals = [run.final for run in runs_of(arm, task, range(study.seeds))]
+            each = ", ".join(f"{final:.0f}" for final in finals)
+            cells.append(f"{np.mean(finals):.0f} ({each})" if finals else "-")
+        print(f"| {task} | {' | '.join(cells)} | {PUBLISHED[task][0]} ({PUBLISHED[task][1]}) |")
 
 
 def time_of(task: str, seeds: Iterable[int]) -> float:
@@ -232,19 +259,42 @@ def draw_aggregates(arms: Sequence[str], seeds: Iterable[int], path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
+def draw_step_sizes(path: Path) -> None:
+    """Return against step size: the mean over seeds, and each seed."""
+    study = STUDIES["step-sizes"]
+    (task,) = study.tasks
+    figure, grid = plt.subplots(
+        1, len(STEP_SIZES), figsize=(5 * len(STEP_SIZES), 3.6), sharey=True, layout="constrained"
+    )
+    for axes, (arm, (name, values)) in zip(grid, STEP_SIZES.items(), strict=True):
+        finals = {
+            value: [run.final for run in runs_of(step_size_arm(arm, value), task, range(study.seeds))]
+            for value in values
+        }
+        means = {value: np.mean(of_seeds) for value, of_seeds in finals.items() if of_seeds}
+        axes.plot(list(means), list(means.values()), color=COLOURS[arm], marker="o", label="mean")
+        for value, of_seeds in finals.items():
+            axes.plot([value] * len(of_seeds), of_seeds, ".", color=COLOURS[arm], alpha=0.5)
+        axes.axhline(random_return(task), color="grey", linestyle=":", label="random actions")
+        axes.set(title=f"{arm}, {task}, 200k steps", xlabel=name, ylabel="return")
+        axes.set(xscale="log", xlim=(min(values) / 2, 2 * max(values)))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def table_of_variants(seeds: Iterable[int]) -> None:
-    """Print every variant that was run on some of the seeds: final return, and mean over all evaluations."""
+    """Print every variant that was run on some of the seeds: the final returns."""
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / BENCHMARK).glob("*.json"))]
     found = [result for result in found if result["seed"] in seeds and result["arm"] != RANDOM]
     tasks = sorted({result["env"] for result in found})
-    print("| variant | " + " | ".join(f"{task}: final, all of training" for task in tasks) + " |")
+    print("| variant | " + " | ".join(tasks) + " |")
     print("|---" * (len(tasks) + 1) + "|")
     for arm in sorted({result["arm"] for result in found}):
         cells = []
         for task in tasks:
             runs = runs_of(arm, task, seeds)
-            finals, means = [run.final for run in runs], [float(run.returns.mean()) for run in runs]
-            cells.append(f"{interval_of(finals, 0)}, {np.mean(means):.0f} (n={len(runs)})" if runs else "-")
+            cells.append(f"{interval_of([run.final for run in runs], 0)} (n={len(runs)})" if runs else "-")
         print(f"| {arm} | " + " | ".join(cells) + " |")
 
 
@@ -258,11 +308,16 @@ def main() -> None:
     if args.variants:
         table_of_variants(args.variants)
         return
-    table_of_returns(MAIN_ARMS, list(STEPS), args.seeds)
+    table_of_returns(MAIN_ARMS, tuple(MAIN_STEPS), args.seeds)
     print()
     table_of_aggregates(MAIN_ARMS, args.seeds)
-    draw_curves(list(ARMS), list(STEPS), args.seeds, args.figures / "learning_curves.png")
+    print()
+    table_of_returns(tuple(ARMS), TWO_TASKS, args.seeds)
+    print()
+    table_of_long_runs()
+    draw_curves(tuple(ARMS), tuple(MAIN_STEPS), args.seeds, args.figures / "learning_curves.png")
     draw_aggregates(MAIN_ARMS, args.seeds, args.figures / "learning_aggregates.png")
+    draw_step_sizes(args.figures / "step_sizes.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.vec_env import VecEnv
+from threadpoolctl import threadpool_limits
 
 from sb3_trpo_ext.sb3.snapshot import Array, NotCoveredError, PolicySnapshot
 
@@ -41,6 +42,9 @@ class FastRollout:
     which do not exist before the end of the rollout. If a callback changes the policy, the steps so far are valued
     with the policy that took them and the rollout goes on with the new one.
 
+    NumPy stands in for torch: where torch has a single thread, so has NumPy's BLAS, whose threads would wait for each
+    other at every step on a machine that runs several trainings.
+
     Args:
         model: The algorithm that collects.
         snapshot: Its policy.
@@ -62,6 +66,10 @@ class FastRollout:
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer; False if the callback stopped the rollout."""
+        with threadpool_limits(1 if torch.get_num_threads() == 1 else None, user_api="blas"):
+            return self._collect(callback)
+
+    def _collect(self, callback: BaseCallback) -> bool:
         model, buffer = self._model, self._buffer
         model.policy.set_training_mode(False)
         buffer.reset()

@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from sb3_trpo_ext import TRPO, PPOClip
@@ -326,3 +327,28 @@ def test_cheap_copies_are_as_deep_as_they_must_be(wrap: Callable[[Any], Any]) ->
         ]
 
     assert run(cheap=True) == run(cheap=False)
+
+
+@pytest.mark.parametrize(("of_torch", "expected"), [(1, 1), (2, 2)])
+def test_numpy_has_one_thread_where_torch_has_one(of_torch: int, expected: int) -> None:
+    def blas_threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    seen: list[set[int]] = []
+
+    class Watched(RandomEnv):
+        def step(self, action: Any) -> Any:
+            seen.append(blas_threads())
+            return super().step(action)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(of_torch)
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            model = TRPO("MlpPolicy", Watched(OBSERVATION_SPACES["vector"], ACTION_SPACES["box"]), n_steps=4)
+            model.learn(4)
+            after = blas_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert model.rollout_path == "fast" and seen == [{expected}] * 4
+    assert after == {2}  # as it was

@@ -146,7 +146,8 @@ class PPOClip(FirstOrderAlgorithm):
             check_number("target_kl", self.target_kl, positive=True, hint="Pass None for no bound.")
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        clip_range = self._in_force(self.clip_range)
+        assert callable(self.clip_range)  # since it was set up
+        clip_range = self.clip_range(self._current_progress_remaining)  # beyond the end too, as in SB3's PPO
         clip_fraction = ((ratio.detach() - 1).abs() > clip_range).float().mean()
         return -clipped_surrogate(ratio, advantages, clip_range).mean(), clip_fraction
 

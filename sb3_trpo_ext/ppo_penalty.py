@@ -18,7 +18,7 @@ from sb3_trpo_ext.core.trust_region import Restorable
 from sb3_trpo_ext.sb3.algorithm import Attributes
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_number
+from sb3_trpo_ext.sb3.checks import check_number, check_radius
 from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 
@@ -151,8 +151,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if not callable(self.target_kl):
-            check_number("target_kl", self.target_kl, positive=True, hint="0.01 is a usual target.")
+        check_radius("target_kl", self.target_kl, hint="0.01 is a usual target.")
         low, high = self.kl_coef_bounds
         for bound in self.kl_coef_bounds:
             if bound != math.inf:
@@ -193,8 +192,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _target(self) -> float:
         """d_targ in force."""
-        value = self._in_force(self.target_kl)
-        return check_number("target_kl", value, positive=True, hint="Its schedule must stay positive until the end.")
+        return check_number("target_kl", self._in_force(self.target_kl), positive=True)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return *super()._checkpoints(), Attributes(self, "kl_coef")

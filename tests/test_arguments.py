@@ -6,7 +6,7 @@ from envs import RandomEnv, make
 from gymnasium import spaces
 from stable_baselines3 import PPO
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
 
 NAN = float("nan")
 
@@ -128,10 +128,27 @@ def test_the_adam_critic_has_no_critic_kwargs() -> None:
         make(TRPO, critic="gauss_newton", critic_kwargs={"speed": 1.0})
 
 
-def test_a_schedule_that_ends_at_zero_is_refused_before_anything_moves() -> None:
-    model = make(TRPO, target_kl=lambda progress: 0.01 * progress)
-    with pytest.raises(ValueError, match="schedule"):
-        model.learn(64)
+@pytest.mark.parametrize("algorithm", [TRPO, PPOPenalty])
+def test_a_radius_that_falls_to_zero_is_refused_at_construction(algorithm: Any) -> None:
+    with pytest.raises(ValueError, match=r"`target_kl`.*got 0\.0.*schedule.*0\.03 \* max\(progress, 0\.01\)"):
+        make(algorithm, target_kl=lambda progress: 0.03 * progress)
+
+
+def test_a_fixed_step_may_fall_to_zero() -> None:
+    model = make(NPG, step_size=lambda progress: 0.03 * progress)
+    model.learn(model.n_steps + 1)  # the second rollout goes beyond the end
+
+
+def test_a_schedule_is_not_asked_beyond_the_end_of_training() -> None:
+    asked: list[float] = []
+
+    def radius(progress: float) -> float:
+        asked.append(progress)
+        return 0.01 * progress + 1e-6
+
+    model = make(TRPO, target_kl=radius)
+    model.learn(model.n_steps + 1)  # the second rollout goes beyond
+    assert min(asked) == 0.0
 
 
 def test_other_action_spaces_are_refused() -> None:

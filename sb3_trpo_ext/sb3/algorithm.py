@@ -109,8 +109,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         return float(value)
 
     def _in_force(self, argument: float | Schedule) -> float:
-        """An argument as it is now: itself, or its schedule at the remaining progress."""
-        return argument(self._current_progress_remaining) if callable(argument) else argument
+        """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
+        return argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument
 
     @abstractmethod
     def _update(self) -> dict[str, float]:

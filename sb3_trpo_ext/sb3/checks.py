@@ -26,6 +26,17 @@ def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "
     return float(value)
 
 
+def check_radius(name: str, value: Any, *, hint: str = "") -> None:
+    """Raise `ValueError` unless ``value`` is a positive number, or a schedule that is one from beginning to end."""
+    if not callable(value):
+        check_number(name, value, positive=True, hint=hint)
+        return
+    cure = f"lambda progress: {value(1.0)} * max(progress, 0.01)"
+    for progress in (1.0, 0.0):
+        hint = f"Its schedule must stay positive until the end of training, as `{cure}` does."
+        check_number(name, value(progress), positive=True, hint=hint)
+
+
 def check_finite(name: str, value: Any) -> None:
     """Raise `ValueError` unless ``value`` is a finite number of either sign."""
     if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):

@@ -25,6 +25,7 @@ from sb3_trpo_ext.sb3.checks import (
     check_integer,
     check_minibatches,
     check_number,
+    check_radius,
     check_rollout_size,
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
@@ -142,13 +143,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if not callable(self.target_kl):
-            check_number(
-                "target_kl",
-                self.target_kl,
-                positive=True,
-                hint="A trust region has a positive radius; 0.01 is the usual one.",
-            )
+        check_radius("target_kl", self.target_kl, hint="A trust region has a positive radius; 0.01 is the usual one.")
         for name in ("cg_max_steps", "sub_sampling_factor", "n_critic_updates", "batch_size"):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
@@ -203,9 +198,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
         value = self._in_force(self.target_kl)
-        return self._action_dimensions() * check_number(
-            "target_kl", value, positive=True, hint="Its schedule must stay positive until the end of training."
-        )
+        return self._action_dimensions() * check_number("target_kl", value, positive=True)
 
     def _action_dimensions(self) -> int:
         """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""

@@ -23,7 +23,8 @@ Job = tuple[str, str, int]
 
 def result_path(benchmark: str, job: Job) -> Path:
     """Where a job leaves its score."""
-    return RESULTS / benchmark / ("-".join(map(str, job)).replace(" ", "_").replace(",", "") + ".json")
+    name = "-".join(map(str, job)).replace(" ", "_").replace(":", "=").replace(",", "").replace('"', "")
+    return RESULTS / benchmark / f"{name}.json"
 
 
 def write_result(benchmark: str, job: Job, result: dict[str, Any]) -> None:

@@ -109,8 +109,9 @@ def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
     return points[""], intervals[""]
 
 
-def interval_of(samples: Sequence[float], digits: int) -> str:
-    """Mean with its bootstrap interval."""
+def interval_of(task: str, samples: Sequence[float]) -> str:
+    """Mean return with its bootstrap interval."""
+    digits = 1 if task.startswith("Reacher") else 0
     if len(samples) < 2:
         return "-" if not samples else f"{samples[0]:.{digits}f}"
     mean, (low, high) = bootstrap(np.array(samples)[:, None], lambda x: np.array([x.mean()]))
@@ -156,7 +157,7 @@ def table_of_returns(arms: Sequence[str], tasks: Sequence[str], seeds: Iterable[
         cells = []
         for arm in arms:
             finals = [run.final for run in runs_of(arm, task, seeds)]
-            cells.append(interval_of(finals, 1 if task.startswith("Reacher") else 0) + f" (n={len(finals)})")
+            cells.append(f"{interval_of(task, finals)} (n={len(finals)})")
         print(f"| {task} ({MAIN_STEPS[task] // 1000}k) | " + " | ".join(cells) + " |")
 
 
@@ -293,8 +294,8 @@ def table_of_variants(seeds: Iterable[int]) -> None:
     for arm in sorted({result["arm"] for result in found}):
         cells = []
         for task in tasks:
-            runs = runs_of(arm, task, seeds)
-            cells.append(f"{interval_of([run.final for run in runs], 0)} (n={len(runs)})" if runs else "-")
+            finals = [run.final for run in runs_of(arm, task, seeds)]
+            cells.append(f"{interval_of(task, finals)} (n={len(finals)})" if finals else "-")
         print(f"| {arm} | " + " | ".join(cells) + " |")
 
 

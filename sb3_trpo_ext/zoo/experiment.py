@@ -15,8 +15,6 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.zoo.registry import ALGORITHMS
-
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
 
 LAST_FRACTION = {"target_kl": 0.01, "step_size": 0.01, "ent_coef": 0.0}
@@ -43,9 +41,10 @@ class TrustRegionExperimentManager(ExperimentManager):
     def __init__(
         self, args: argparse.Namespace, algo: str, *others: Any, config: str | None = None, **kwargs: Any
     ) -> None:
-        self._ours = algo in ALGORITHMS
+        packaged = HYPERPARAMETERS / f"{algo}.yml"
+        self._ours = packaged.exists()
         if config is None and self._ours:
-            config = str(HYPERPARAMETERS / f"{algo}.yml")
+            config = str(packaged)
         super().__init__(args, algo, *others, config=config, **kwargs)  # type: ignore[misc]  # others end before it
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]

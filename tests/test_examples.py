@@ -96,8 +96,10 @@ def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path)
     written = json.loads((folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.json").read_text())
     assert written["algorithm"] == "sb3_trpo_ext.trpo.TRPO" and written["settings"]["n_steps"] == 64
 
-    printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--variants", "0", "1", **results)
+    report = (str(EXAMPLES / "benchmarks" / "report.py"), "--variants", "0", "1")
+    printed = run(*report, **results)
     assert f"| {variant} | " in printed and "(n=2)" in printed
+    assert run(*report, **results) == printed  # resampled alike
 
 
 def test_the_report_on_learning_makes_tables_and_figures(tmp_path: Path) -> None:

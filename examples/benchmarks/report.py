@@ -17,7 +17,6 @@ Definitions (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, computed by 
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +43,6 @@ from learning import (
 )
 from rliable import library, metrics
 
-warnings.filterwarnings("ignore", message="random_state is deprecated")  # rliable's own call of arch
 RESAMPLES = 2000
 COLOURS = dict(zip(ARMS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 MAIN_ARMS = ("TRPO", "sb3_contrib TRPO", "PPO")
@@ -103,9 +101,8 @@ def runs_of(arm: str, task: str, seeds: Iterable[int]) -> list[Run]:
 
 def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A statistic of ``(runs, tasks, ...)`` scores, and its interval ``(2, ...)``."""
-    points, intervals = library.get_interval_estimates(
-        {"": samples}, statistic, reps=RESAMPLES, random_state=np.random.RandomState(0)
-    )
+    np.random.seed(0)  # rliable draws from the global generator, whatever `random_state` it is given
+    points, intervals = library.get_interval_estimates({"": samples}, statistic, reps=RESAMPLES)
     return points[""], intervals[""]
 
 

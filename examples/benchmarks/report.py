@@ -270,14 +270,13 @@ def draw_step_sizes(path: Path) -> None:
             for value in values
         }
         means = {value: np.mean(of_seeds) for value, of_seeds in finals.items() if of_seeds}
-        axes.plot(list(means), list(means.values()), color=COLOURS[arm], marker="o", label="mean")
+        axes.plot(list(means), list(means.values()), color=COLOURS[arm], marker="o")
         for value, of_seeds in finals.items():
             axes.plot([value] * len(of_seeds), of_seeds, ".", color=COLOURS[arm], alpha=0.5)
-        axes.axhline(random_return(task), color="grey", linestyle=":", label="random actions")
-        axes.set(title=f"{arm}, {task}, 200k steps", xlabel=name, ylabel="return")
-        axes.set(xscale="log", xlim=(min(values) / 2, 2 * max(values)))
+        axes.axhline(random_return(task), color="grey", linestyle=":")
+        axes.set(title=arm, xlabel=name, ylabel="return", xscale="log", xlim=(min(values) / 2, 2 * max(values)))
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.suptitle(f"{task}, 200k steps: mean of {study.seeds} seeds and each of them; dotted: random actions")
     figure.savefig(path, dpi=110)
 
 

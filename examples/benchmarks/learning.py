@@ -108,11 +108,6 @@ def step_size_arm(arm: str, value: float) -> str:
     return f"{arm} {STEP_SIZES[arm][0]}={value} n_timesteps=200000"
 
 
-def long_arm(arm: str) -> str:
-    """The arm, for a million steps."""
-    return f"{arm} n_timesteps=1000000"
-
-
 STUDIES = {
     "main": Study(tuple(ARMS), tuple(MAIN_STEPS), 5),
     "step-sizes": Study(
@@ -121,7 +116,7 @@ STUDIES = {
         3,
     ),
     "long": Study(
-        tuple(map(long_arm, ("TRPO", "sb3_contrib TRPO"))),
+        ("TRPO n_timesteps=1000000", "sb3_contrib TRPO n_timesteps=1000000"),
         ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Swimmer-v5", "Ant-v5"),
         3,
     ),

@@ -102,8 +102,10 @@ class TRPO(NaturalGradientAlgorithm):
             rounding of float32.
         momentum: μ in [0, 1): ascend F⁻¹m in place of F⁻¹∇L, with m = ∇L + μ·m_previous (heavy ball, Polyak 1964; in
             policy gradients, Huang et al. 2020, https://arxiv.org/abs/2007.06680). The noise of one rollout's gradient,
-            not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where the line search along it
-            fails, m is forgotten and the plain direction is tried. ``train/momentum`` logs the μ of the step taken.
+            not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where its full step leaves
+            the trust region or does not improve the surrogate, m is forgotten and the plain direction is taken.
+            Successive steps are alike, so that noise alone drifts (1+μ)/(1-μ) times as far in KL: lower ``target_kl``
+            with it. ``train/momentum`` logs the μ of the step taken.
         sample_reuse: M: the policy step sees the last M rollouts, with the exact ratios to the policies that made them
             (equation 10 with q = these) and advantages estimated again by V-trace (GeTRPO, Queeney et al. 2022,
             https://arxiv.org/abs/2206.13714). δ is divided by ((M+1)/2)², so that a sample is left as far in all as
@@ -293,12 +295,15 @@ class TRPO(NaturalGradientAlgorithm):
         self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
         return joined([batch, *past])
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
-        """A step along the heavy ball's direction, or along the plain one where that is rejected or there is none."""
+    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
+        """A full step along the heavy ball's direction; along the plain one where there is none or that is rejected.
+
+        A fraction of it would keep the ball rolling where it has overshot: the gradient has turned, the memory has not.
+        """
         memory, self.gradient_memory = self.gradient_memory, None
         if memory is not None and memory.shape == gradient.shape:
             heavy_ball = gradient + self.momentum * torch.as_tensor(memory).to(gradient)
-            step = step_along(heavy_ball)
+            step = step_along(heavy_ball, whole=True)
             if not step.reason:
                 self.gradient_memory = heavy_ball.cpu().numpy()
                 return replace(step, momentum=self.momentum)
@@ -326,7 +331,7 @@ class TRPO(NaturalGradientAlgorithm):
                 judged(problem.start).objective, radius, step_size * direction.slope, self.line_search_accept_ratio
             ),
             shrink=self.line_search_shrinking_factor,
-            max_steps=self.line_search_max_iter,
+            max_steps=1 if direction.whole else self.line_search_max_iter,
         )
         accepted = None if result.trial is None else result.trial.evaluation
         return Move(accepted, step_size, result.fraction, result.reason)

@@ -11,6 +11,7 @@ from envs import make, with_rollout
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo_ext.core.trust_region import Acceptance, Trial
 from sb3_trpo_ext.sb3.steps import PolicyStep
 
 MU = 0.6
@@ -23,14 +24,14 @@ class Watched(TRPO):
     vectors: list[Tensor]
     reject: set[int]
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
+    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
         self.gradients.append(gradient.clone())
 
-        def watched(vector: Tensor) -> PolicyStep:
+        def watched(vector: Tensor, **how: bool) -> PolicyStep:
             self.vectors.append(vector.clone())
             if len(self.vectors) in self.reject:
                 return PolicyStep(frozenset(), None, reason="told to")  # type: ignore[arg-type]  # never looked at
-            return step_along(vector)
+            return step_along(vector, **how)
 
         return super()._ascend(gradient, watched)
 
@@ -87,6 +88,19 @@ def test_a_rejected_step_falls_back_on_the_plain_direction_and_forgets() -> None
     equal(model.gradient_memory, g2)
     log = model.logger.name_to_value
     assert log["train/momentum"] == 0.0 and log["train/is_line_search_success"] == 1.0
+
+
+def test_a_fraction_of_the_heavy_ball_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rejection = Acceptance.rejection
+
+    def not_whole(self: Acceptance, trial: Trial, fraction: float) -> str:
+        return "too far" if fraction == 1.0 else rejection(self, trial, fraction)
+
+    monkeypatch.setattr(Acceptance, "rejection", not_whole)
+    model = watched(2)
+    log = model.logger.name_to_value
+    assert log["train/momentum"] == 0.0 and 0.0 < log["train/step_fraction"] < 1.0
+    equal(model.vectors[-1], model.gradients[-1])
 
 
 def test_nothing_is_remembered_of_a_step_that_was_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -265,9 +266,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             return PolicyStep(frozenset(params), problem.start, reason="the gradient of the surrogate is not finite")
 
         with explained_double_backward():
-            return self._ascend(gradient, lambda vector: self._step_along(problem, params, gradient, vector))
+            return self._ascend(gradient, partial(self._step_along, problem, params, gradient))
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[[Tensor], PolicyStep]) -> PolicyStep:
+    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
         """Take the step that `_step_along` makes of a vector: here of the gradient."""
         return step_along(gradient)
 
@@ -277,8 +278,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         params: list[nn.Parameter],
         gradient: Tensor,
         vector: Tensor,
+        *,
+        whole: bool = False,
     ) -> PolicyStep:
-        """A step along F⁻¹v; the parameters are restored if it is rejected."""
+        """A step along F⁻¹v, the full one only if ``whole``; the parameters are restored if it is rejected."""
         actor = frozenset(params)
         solution = conjugate_gradient(
             problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(problem.size)),
@@ -293,7 +296,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
         slope = float(gradient.dot(solution.solution))
         theta_old, checkpoint = flatten(params).detach(), Checkpoint(params)
-        move = self._move(problem, Direction(params, theta_old, solution.solution, slope, solution.curvature))
+        move = self._move(problem, Direction(params, theta_old, solution.solution, slope, solution.curvature, whole))
         if move.evaluation is None:
             checkpoint.restore()
         evaluation = move.evaluation or problem.start

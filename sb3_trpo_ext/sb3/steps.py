@@ -20,6 +20,7 @@ class Direction:
         x: The direction, ``(P,)``.
         slope: gᵀx, which the objective gains a unit of step size to first order.
         curvature: xᵀFx > 0.
+        whole: Whether a line search may take the full step only, not a fraction of it.
     """
 
     params: list[nn.Parameter]
@@ -27,6 +28,7 @@ class Direction:
     x: Tensor
     slope: float
     curvature: float
+    whole: bool = False
 
     def go_to(self, step_size: float) -> None:
         """Set the parameters to θ_old + step_size · x."""

@@ -141,9 +141,15 @@ def iqm(scores: np.ndarray) -> np.ndarray:
     return np.array([metrics.aggregate_iqm(columns[..., k]) for k in range(columns.shape[-1])])
 
 
-def final_scores(arm: str, seeds: Iterable[int]) -> np.ndarray:
-    """Normalised final returns ``(runs, tasks)`` on the MuJoCo tasks."""
-    return curves(arm, MUJOCO, seeds, lambda task, run: normalised(task, np.array(run.final)))
+def final_scores(arm: str, seeds: Iterable[int], tasks: Sequence[str] = MUJOCO) -> np.ndarray:
+    """Normalised final returns ``(runs, tasks)``."""
+    return curves(arm, tasks, seeds, lambda task, run: normalised(task, np.array(run.final)))
+
+
+def interval_of_iqm(scores: np.ndarray) -> str:
+    """The IQM of ``(runs, tasks)`` scores with its bootstrap interval."""
+    value, (low, high) = bootstrap(scores, iqm)
+    return f"{value[0]:.2f} [{low[0]:.2f}, {high[0]:.2f}]"
 
 
 def table_of_returns(arms: Sequence[str], tasks: Sequence[str], seeds: Iterable[int]) -> None:
@@ -159,7 +165,7 @@ def table_of_returns(arms: Sequence[str], tasks: Sequence[str], seeds: Iterable[
 
 
 def table_of_long_runs() -> None:
-    """Print the final returns after a million steps: mean and each seed, beside the best published."""
+    """Print the final returns after a million steps: mean and each seed, beside the best published; and their IQM."""
     study = STUDIES["long"]
     print("| task (1M) | " + " | ".join(arm.rpartition(" ")[0] for arm in study.arms) + " | published |")
     print("|---" * (len(study.arms) + 2) + "|")
@@ -170,6 +176,8 @@ def table_of_long_runs() -> None:
             each = ", ".join(f"{final:.0f}" for final in finals)
             cells.append(f"{np.mean(finals):.0f} ({each})" if finals else "-")
         print(f"| {task} | {' | '.join(cells)} | {PUBLISHED[task][0]} ({PUBLISHED[task][1]}) |")
+    scores = [final_scores(arm, range(study.seeds), study.tasks) for arm in study.arms]
+    print(f"| IQM | {' | '.join(interval_of_iqm(of_arm) if of_arm.size else '-' for of_arm in scores)} | 1 |")
 
 
 def time_of(task: str, seeds: Iterable[int]) -> float:
@@ -187,10 +195,7 @@ def table_of_aggregates(arms: Sequence[str], seeds: Iterable[int]) -> None:
         early = curves(
             arm, MUJOCO, seeds, lambda task, run: normalised(task, run.at(np.array([time_of(task, seeds)]))[0])
         )
-        cells = []
-        for samples in (scores, early):
-            value, (low, high) = bootstrap(samples, iqm)
-            cells.append(f"{value[0]:.2f} [{low[0]:.2f}, {high[0]:.2f}]")
+        cells = [interval_of_iqm(samples) for samples in (scores, early)]
         better = metrics.probability_of_improvement(ours, scores) if arm != "TRPO" else np.nan
         slower = np.mean(
             [

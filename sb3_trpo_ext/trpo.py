@@ -86,7 +86,9 @@ class TRPO(NaturalGradientAlgorithm):
             ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
             for sb3-contrib keeps its meaning.
         critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_steps``,
-            ``max_backtracks``.
+            ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
+            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30, ``n_steps``
+            3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
             of A dimensions: δ = target_kl · A and λ = cg_damping · A. That is what averaging the KL over dimensions
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's

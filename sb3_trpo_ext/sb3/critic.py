@@ -83,6 +83,8 @@ class GaussNewtonCritic(Critic):
         for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):
             check_integer(f"critic_kwargs['{name}']", value)
         check_number("critic_kwargs['damping']", damping, positive=True)
+        if curvature_samples is not None:
+            check_integer("critic_kwargs['curvature_samples']", curvature_samples, hint="Pass None for all samples.")
         self.damping = damping
         self.cg_steps = cg_steps
         self.n_steps = n_steps

@@ -71,7 +71,15 @@ def test_returns_that_are_not_finite_move_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"damping": 0}, {"damping": float("nan")}, {"cg_steps": 0}, {"n_steps": 0}, {"max_backtracks": 0}]
+    "arguments",
+    [
+        {"damping": 0},
+        {"damping": float("nan")},
+        {"cg_steps": 0},
+        {"n_steps": 0},
+        {"max_backtracks": 0},
+        {"curvature_samples": 0},
+    ],
 )
 def test_impossible_arguments_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -57,7 +57,7 @@ class Line:
 
 def test_the_line_search_keeps_the_penalised_objective_rising() -> None:
     line: Any = Line()
-    line.slope, line.curvature = 1.0, 0.5
+    line.slope, line.curvature, line.whole = 1.0, 0.5, False
     move = make(TRPO, kl_penalty=2.0)._move(line, line)  # d - 2 d² > 0 only below 0.5
     assert move.step_size == 1.0
     np.testing.assert_allclose(move.fraction, 0.8**4)

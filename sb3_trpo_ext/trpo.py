@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -25,7 +24,7 @@ from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number,
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
-from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
+from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep, StepAlong
 
 
 @dataclass(frozen=True)
@@ -297,7 +296,7 @@ class TRPO(NaturalGradientAlgorithm):
         self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
         return joined([batch, *past])
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
+    def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
         """A full step along the heavy ball's direction; along the plain one where there is none or that is rejected.
 
         A fraction of it would keep the ball rolling where it has overshot: the gradient has turned, the memory has not.

@@ -1,6 +1,5 @@
 """Momentum: what is ascended, when it is forgotten, and that it travels with the model."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.trust_region import Acceptance, Trial
-from sb3_trpo_ext.sb3.steps import PolicyStep
+from sb3_trpo_ext.sb3.steps import PolicyStep, StepAlong
 
 MU = 0.6
 
@@ -24,14 +23,14 @@ class Watched(TRPO):
     vectors: list[Tensor]
     reject: set[int]
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
+    def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
         self.gradients.append(gradient.clone())
 
-        def watched(vector: Tensor, **how: bool) -> PolicyStep:
+        def watched(vector: Tensor, *, whole: bool = False) -> PolicyStep:
             self.vectors.append(vector.clone())
             if len(self.vectors) in self.reject:
                 return PolicyStep(frozenset(), None, reason="told to")  # type: ignore[arg-type]  # never looked at
-            return step_along(vector, **how)
+            return step_along(vector, whole=whole)
 
         return super()._ascend(gradient, watched)
 

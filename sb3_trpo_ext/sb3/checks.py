@@ -17,6 +17,12 @@ def check_integer(name: str, value: Any, least: int = 1, *, hint: str = "") -> N
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}. {hint}".rstrip())
 
 
+def check_samples(name: str, value: Any) -> None:
+    """Raise `ValueError` unless ``value`` is a number of samples, or None for all of them."""
+    if value is not None:
+        check_integer(name, value, hint="Pass None for all samples.")
+
+
 def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "") -> float:
     """Return ``value`` as a float, or raise `ValueError` unless it is a finite number >= 0 (> 0 if ``positive``)."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)

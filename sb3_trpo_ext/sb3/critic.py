@@ -22,7 +22,7 @@ from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_
 from sb3_trpo_ext.core.vectors import assign, flatten
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches
-from sb3_trpo_ext.sb3.checks import check_integer, check_number
+from sb3_trpo_ext.sb3.checks import check_integer, check_number, check_samples
 from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
@@ -83,8 +83,7 @@ class GaussNewtonCritic(Critic):
         for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):
             check_integer(f"critic_kwargs['{name}']", value)
         check_number("critic_kwargs['damping']", damping, positive=True)
-        if curvature_samples is not None:
-            check_integer("critic_kwargs['curvature_samples']", curvature_samples, hint="Pass None for all samples.")
+        check_samples("critic_kwargs['curvature_samples']", curvature_samples)
         self.damping = damping
         self.cg_steps = cg_steps
         self.n_steps = n_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -28,11 +28,12 @@ from sb3_trpo_ext.sb3.checks import (
     check_number,
     check_radius,
     check_rollout_size,
+    check_samples,
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
 from sb3_trpo_ext.sb3.device import affordable_samples, check_interval
 from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
-from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep
+from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep, StepAlong
 
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
@@ -149,8 +150,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
             check_number(name, getattr(self, name))
-        if self.curvature_samples is not None:
-            check_integer("curvature_samples", self.curvature_samples, hint="Pass None for all samples.")
+        check_samples("curvature_samples", self.curvature_samples)
         if self.fisher_chunk_size not in ("auto", None):
             check_integer(
                 "fisher_chunk_size",
@@ -268,7 +268,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         with explained_double_backward():
             return self._ascend(gradient, partial(self._step_along, problem, params, gradient))
 
-    def _ascend(self, gradient: Tensor, step_along: Callable[..., PolicyStep]) -> PolicyStep:
+    def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
         """Take the step that `_step_along` makes of a vector: here of the gradient."""
         return step_along(gradient)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -79,3 +80,10 @@ class PolicyStep:
     cg_residual: float = 0.0
     momentum: float = 0.0
     reason: str = ""
+
+
+class StepAlong(Protocol):
+    """The step that a method takes along F⁻¹v."""
+
+    def __call__(self, vector: Tensor, *, whole: bool = False) -> PolicyStep:
+        """Take it for a vector v, the full one only if ``whole``."""

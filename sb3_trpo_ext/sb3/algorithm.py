@@ -26,12 +26,13 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
-from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_rollout
+from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_rollout, check_spaces
 from sb3_trpo_ext.sb3.distributions import family_of
+from sb3_trpo_ext.sb3.forward import NotCoveredError
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
-from sb3_trpo_ext.sb3.snapshot import NotCoveredError
 from sb3_trpo_ext.sb3.stepping import cheap_copies
+from sb3_trpo_ext.sb3.watchers import looks
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """The action spaces of SB3's PPO."""
@@ -98,6 +99,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
+        check_spaces(self.observation_space, self.action_space)
         if not callable(self.ent_coef):
             check_finite("ent_coef", self.ent_coef)
 
@@ -159,13 +161,13 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         fast, path = None, "stable_baselines3: fast_rollouts=False"
         if self.fast_rollouts:
             try:
-                fast, path = fast_rollout(self, env, rollout_buffer, n_rollout_steps), "fast"
+                fast, path = fast_rollout(self, env, rollout_buffer, n_rollout_steps, *args), "fast"
             except NotCoveredError as reason:
                 path = f"stable_baselines3: {reason}"
         if path != self.rollout_path and self.verbose >= 1:
             print(f"Rollouts: {path}")
         self.rollout_path = path
-        with cheap_copies(env) if self.fast_rollouts else nullcontext():
+        with cheap_copies(env) if self.fast_rollouts and not looks(callback) else nullcontext():
             if fast is not None:
                 return fast.collect(callback)
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, *args)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
 
@@ -129,3 +130,28 @@ def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0) -
         f"The rollout holds a {name} that is not finite ({worst}), in environment {env} at step {first_step + step}. "
         f"The policy is unchanged. {CURE}"
     )
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """Raise `ValueError` for spaces that SB3's encodings would misread, or cannot read."""
+    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    for key, space in parts.items():
+        name = f"the observation space {key!r} of `env`" if key else "the observation space of `env`"
+        _check_start(name, space, cure="gymnasium.wrappers.TransformObservation")
+        if isinstance(space, spaces.Box) and space.shape == ():
+            raise ValueError(
+                f"A policy sees vectors, and {name} is {space}, a number without an axis. Give it the shape (1,), as "
+                "gymnasium.wrappers.ReshapeObservation(env, (1,)) does."
+            )
+        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+            raise ValueError(f"{name.capitalize()} must have one axis, got {space}. Flatten it.")
+    _check_start("the action space of `env`", action_space, cure="gymnasium.wrappers.TransformAction")
+
+
+def _check_start(name: str, space: spaces.Space, *, cure: str) -> None:
+    start = getattr(space, "start", 0)
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(start):
+        raise ValueError(
+            f"SB3's encodings count from 0, and {name} is {space}, which counts from {start}: one value would be taken "
+            f"for another. Wrap the environment so that it counts from 0, for example in {cure}."
+        )

@@ -48,6 +48,27 @@ def policy_checkpoint(policy: nn.Module) -> Checkpoint:
     return Checkpoint(chain(policy.parameters(), policy.buffers()))
 
 
+class GradientCheckpoint:
+    """What a module's parameters hold as ``grad``, to be put back.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [
+            (param, param.grad, None if param.grad is None else param.grad.clone()) for param in module.parameters()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back: the tensors themselves, as somebody may hold them, with the numbers that they had."""
+        for param, grad, copy in self._saved:
+            param.grad = grad
+            if grad is not None and copy is not None:
+                grad.copy_(copy)
+
+
 class OptimizerCheckpoint:
     """A copy of an optimiser's state (moments, step counts, hyperparameters) that can be put back.
 

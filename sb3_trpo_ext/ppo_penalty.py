@@ -212,7 +212,7 @@ class PPOPenalty(FirstOrderAlgorithm):
         }
 
     def _adapt(self, ascent: Ascent) -> None:
-        if math.isnan(ascent.evaluation.divergence):
+        if self.kl_coef and math.isnan(ascent.evaluation.divergence):
             raise PolicyDivergedError("the KL divergence that the update reached is not a number")
         if not self.adaptive:
             return

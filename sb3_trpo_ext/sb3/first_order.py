@@ -28,7 +28,7 @@ from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, Poli
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
 
-KL_CHUNK_BYTES = 2 * 2**20
+KL_CHUNK_BYTES = 3 * 2**19
 """Bytes that autograd would save of such a pass, if there are more samples in it than in a minibatch."""
 
 OLD_Z_BYTES = 8 * 2**20

@@ -56,17 +56,12 @@ class GradientCheckpoint:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._saved = [
-            (param, param.grad, None if param.grad is None else param.grad.clone()) for param in module.parameters()
-        ]
+        self._saved = [(param, None if param.grad is None else param.grad.clone()) for param in module.parameters()]
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put them back: the tensors themselves, as somebody may hold them, with the numbers that they had."""
-        for param, grad, copy in self._saved:
+        """Put them back."""
+        for param, grad in self._saved:
             param.grad = grad
-            if grad is not None and copy is not None:
-                grad.copy_(copy)
 
 
 class OptimizerCheckpoint:

@@ -132,8 +132,8 @@ def test_a_policy_that_is_not_finite_has_no_finite_kl_by_either_way() -> None:
     assert problem.evaluate().divergence == problem.evaluate().kl_max == 0
     model.policy.log_std.data[:] = math.inf
     found = problem.evaluate()
-    assert math.isnan(found.divergence)
-    assert math.isnan(found.kl_max)
+    assert not math.isfinite(found.divergence)
+    assert not math.isfinite(found.kl_max)
 
 
 def test_chunks_follow_what_a_sample_costs() -> None:

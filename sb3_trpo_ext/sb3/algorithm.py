@@ -29,7 +29,7 @@ from sb3_trpo_ext.core.trust_region import Atomic, Restorable
 from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_rollout, check_spaces
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.forward import NotCoveredError
-from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
+from sb3_trpo_ext.sb3.parameters import GradientCheckpoint, OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 from sb3_trpo_ext.sb3.watchers import looks
@@ -216,7 +216,11 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 record = outcome  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
             self._report_rejection(str(rejection))
+            self._after_rejection(rejection)
         self._log(record)
+
+    def _after_rejection(self, rejection: UpdateRejectedError) -> None:
+        """Prepare the next update after one that was undone."""
 
     def _check_outcome(self, record: dict[str, float]) -> None:
         """Raise `UpdateRejectedError` if a finished update must be undone."""
@@ -231,6 +235,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         return (
             policy_checkpoint(self.policy),
             OptimizerCheckpoint(self.policy.optimizer),
+            GradientCheckpoint(self.policy),
             Attributes(self, "_n_updates"),
         )
 

@@ -60,8 +60,8 @@ def check_rollout_size(n_steps: int, n_envs: int, *, normalize_advantage: bool) 
     """One sample has no standard deviation: refuse it the way SB3's PPO does, with an `AssertionError`."""
     if normalize_advantage and n_steps * n_envs <= 1:
         raise AssertionError(
-            f"`n_steps * n_envs` must be greater than 1 to normalise advantages, got n_steps={n_steps} and "
-            f"n_envs={n_envs}. Raise n_steps or pass normalize_advantage=False."
+            f"`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently n_steps={n_steps} "
+            f"and n_envs={n_envs}: raise n_steps or pass normalize_advantage=False."
         )
 
 
@@ -70,9 +70,10 @@ def check_minibatches(n_steps: int, n_envs: int, batch_size: int) -> None:
     size = n_steps * n_envs
     if size % batch_size:
         warnings.warn(
-            f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
-            f"{n_steps} * {n_envs} = {size} samples, so the last mini-batch of each epoch has {size % batch_size}. "
-            "Choose a `batch_size` that divides n_steps * n_envs.",
+            f"You have specified a mini-batch size of {batch_size}, but the rollout has `n_steps * n_envs = {size}` "
+            f"samples: after every {size // batch_size} untruncated mini-batches, there will be a truncated mini-batch "
+            f"of size {size % batch_size}. Choose a `batch_size` that is a factor of `n_steps * n_envs` "
+            f"(n_steps={n_steps} and n_envs={n_envs}).",
             UserWarning,
             stacklevel=4,
         )

@@ -271,10 +271,10 @@ class AdamCritic(Critic):
         viewed = type(self._buffer) in VIEWED_BUFFERS
         values = ValueFunction(policy, batch, frozen, self._chunk_size, keep_features=viewed)
         losses = []
-        with FlatOptimizer(policy.optimizer, fused=True) as optimizer:
+        with FlatOptimizer(policy.optimizer, policy, frozen, fused=True) as optimizer:
             for _ in range(self._n_updates):
                 for part in minibatches(self._buffer, values.batch, self._batch_size, self._action_space):
                     loss = F.mse_loss(part.returns, values(part))
-                    optimizer.step(gradient([loss], values.params))
+                    optimizer.descend(loss)
                     losses.append(loss.detach())
         return float(torch.stack(losses).mean())

@@ -48,6 +48,22 @@ def policy_checkpoint(policy: nn.Module) -> Checkpoint:
     return Checkpoint(chain(policy.parameters(), policy.buffers()))
 
 
+class GradientCheckpoint:
+    """What a module's parameters hold as ``grad``, to be put back.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [(param, None if param.grad is None else param.grad.clone()) for param in module.parameters()]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for param, grad in self._saved:
+            param.grad = grad
+
+
 class OptimizerCheckpoint:
     """A copy of an optimiser's state (moments, step counts, hyperparameters) that can be put back.
 

@@ -159,7 +159,12 @@ def _batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out, transposed = x.new_empty(*x.shape[:2], len(weight)), weight.t()
+    out = x.new_empty(*x.shape[:2], len(weight))
+    if x.shape[1] == 1 and is_a_matrix_vector_product(weight.shape[1], weight.shape[0]):
+        for step, image in zip(x[:, 0].unbind(), out[:, 0].unbind(), strict=True):
+            torch.addmv(bias, weight, step, out=image)
+        return out
+    transposed = weight.t()
     for step, image in zip(x.unbind(), out.unbind(), strict=True):
         torch.addmm(bias, step, transposed, out=image)
     return out

@@ -435,10 +435,17 @@ def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array)
     next_values = np.concatenate([buffer.values[1:], last_values[None]])
     deltas = buffer.rewards + buffer.gamma * next_values * goes_on - buffer.values
     decays = buffer.gamma * buffer.gae_lambda * goes_on
-    advantage: Array = np.zeros_like(last_values)
-    for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
-        np.multiply(decay, advantage, out=target)
-        advantage = np.add(delta, target, out=target)
+    if buffer.n_envs == 1:  # scalars of NumPy round as its arrays, and take a fifth of the time
+        backwards, advantage = [], np.float32(0)
+        for delta, decay in zip(deltas[::-1, 0], decays[::-1, 0], strict=True):
+            advantage = delta + decay * advantage
+            backwards.append(advantage)
+        buffer.advantages[::-1, 0] = backwards
+    else:
+        following: Array = np.zeros_like(last_values)
+        for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
+            np.multiply(decay, following, out=target)
+            following = np.add(delta, target, out=target)
     buffer.returns = buffer.advantages + buffer.values
 
 

@@ -75,6 +75,13 @@ class Batch:
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
+    def not_finite(self) -> Tensor:
+        """The samples with an observation that is NaN or infinite somewhere."""
+        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
+        odd = torch.stack([~tensor.isfinite().flatten(start_dim=1).all(dim=1).cpu() for tensor in tensors])
+        return torch.nonzero(odd.any(dim=0)).flatten()
+
+    @property
     def inputs(self) -> PyTorchObs:
         """The observations on the device of the weights, the policy's; what is large moves there part by part."""
         device = self.weights.device
@@ -163,9 +170,13 @@ class SharedSwitch:
     def __enter__(self) -> None:
         """Switch, unless it is switched already."""
         with self._lock:
-            if not self._users:
-                self._undo.enter_context(self._switched())
             self._users += 1
+            try:
+                if self._users == 1:
+                    self._undo.enter_context(self._switched())
+            except BaseException:  # an interrupt too: whoever did not get in does not leave either
+                self._users -= 1
+                raise
 
     def __exit__(self, *exception: object) -> None:
         """Switch back, unless someone else still needs it."""
@@ -179,8 +190,8 @@ class SharedSwitch:
 def _plain_attention() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with sdpa_kernel(SDPBackend.MATH):
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,7 +1,6 @@
 """Nothing outlives its model: no memory, and no switch of the process."""
 
 import gc
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from envs import make
 from torch import Tensor, nn
 
@@ -106,8 +106,7 @@ def switches() -> dict[str, Any]:
     found = {name: get() for name, (get, _) in SWITCHES.items()}
     cudnn = torch.backends.cudnn
     found["cudnn"] = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    if "torch._dynamo" in sys.modules:
-        found["stance"] = torch._dynamo.eval_frame._stance
+    found["stance"] = torch._dynamo.eval_frame._stance
     return found
 
 

@@ -67,9 +67,14 @@ class RecurrentRollouts(RecurrentPPO):
         if force_reset or self.env is not before:
             self._forget_states()
 
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
         """Take over parameters: hidden states of the last ones mean nothing to them; arguments as in SB3."""
-        super().set_parameters(*args, **kwargs)
+        super().set_parameters(load_path_or_dict, exact_match, device)
         self._forget_states()
 
     def _forget_states(self) -> None:

@@ -124,9 +124,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             if hasattr(self, "rollout_buffer"):  # not before `_setup_model`
                 self.rollout_buffer.reset()
 
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
         """Take over parameters: what was remembered of the last policy is dropped; arguments as in SB3."""
-        super().set_parameters(*args, **kwargs)
+        super().set_parameters(load_path_or_dict, exact_match, device)
         self._forget()
 
     def _forget(self) -> None:

@@ -229,7 +229,8 @@ def test_sequences_stay_whole_in_chunks_and_subsets() -> None:
         found = torch.cat([part.observations[part.starts] for part in parts])
         assert {tuple(row.tolist()) for row in found} <= {tuple(row.tolist()) for row in begins}
         np.testing.assert_allclose(sum(float(part.weights.sum()) for part in parts), 1.0, rtol=1e-5)
-    assert torch.equal(torch.cat([part.observations for part in batch.split(30)]), batch.observations)
+    rows = batch.in_order([part.observations for part in batch.split(30)], 30)
+    assert torch.equal(rows, batch.observations)
     assert all(len(part._grid.rows) <= 30 for part in batch.split(30))
     assert 30 <= len(batch.subset(30)) < len(batch)
     assert batch.subset(10_000) is batch

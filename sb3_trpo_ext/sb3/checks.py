@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_trpo_ext.sb3.buffers import by_time
 
 
 def check_integer(name: str, value: Any, least: int = 1, *, hint: str = "") -> None:
@@ -93,25 +95,34 @@ def check_observation(observation: Any, *, step: int) -> None:
         _raise_unless_finite(name, np.asarray(array)[None], first_step=step)
 
 
-def check_rollout(buffer: RolloutBuffer, last_observation: Any) -> None:
+def check_rollout(buffer: RolloutBuffer, last_observation: Any, serves_observations: Callable[[], bool]) -> None:
     """Raise `ValueError` naming what in a full rollout is not finite, with its step and environment index.
 
+    What the policy makes of an observation is judged, not the observation: one that is not finite is the cause to be
+    named where something else is not finite either, and at fault by itself where the policy cannot learn from it.
+
     Args:
-        buffer: A rollout buffer that has not been flattened yet: arrays ``(T, E, ...)``.
+        buffer: A full rollout buffer.
         last_observation: The observation after the last step, ``(E, ...)`` or a dict of them.
+        serves_observations: Whether the policy is differentiable at those that are not finite; asked if there are any.
     """
-    for name, array in _named_observations(buffer.observations):
-        _raise_unless_finite(name, array)
-    check_observation(last_observation, step=buffer.buffer_size)
-    for name, array in (
+    observations = [(name, by_time(buffer, array)) for name, array in _named_observations(buffer.observations)]
+    made = [
         ("action", buffer.actions),
         ("reward (with the bootstrapped value at a timeout)", buffer.rewards),
         ("value", buffer.values),
         ("log-probability", buffer.log_probs),
         ("advantage", buffer.advantages),
         ("return", buffer.returns),
-    ):
+    ]
+    sound = all(map(_is_finite, (array for _, array in made)))
+    if sound and (all(_is_finite(array) for _, array in observations) or serves_observations()):
+        return
+    for name, array in observations:
         _raise_unless_finite(name, array)
+    check_observation(last_observation, step=buffer.buffer_size)
+    for name, array in made:
+        _raise_unless_finite(name, by_time(buffer, array))
 
 
 def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -122,14 +133,18 @@ def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield "observation", observation
 
 
+def _is_finite(array: np.ndarray) -> bool:
+    return not np.issubdtype(array.dtype, np.floating) or bool(np.isfinite(array).all())
+
+
 def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0) -> None:
-    if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+    if _is_finite(array):
         return
-    step, env, *_ = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
-    worst = array[step, env][~np.isfinite(array[step, env])].flat[0]
+    index = tuple(np.argwhere(~np.isfinite(array))[0])
+    step, env, *_ = (*index, 0)  # a user's buffer may keep a single environment without an axis of its own
     raise ValueError(
-        f"The rollout holds a {name} that is not finite ({worst}), in environment {env} at step {first_step + step}. "
-        f"The policy is unchanged. {CURE}"
+        f"The rollout holds a {name} that is not finite ({array[index]}), in environment {env} at step "
+        f"{first_step + step}. The policy is unchanged. {CURE}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +17,14 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from torch.nn import functional as F
 
+from sb3_trpo_ext.core.trust_region import Restorable
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
 from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
-from sb3_trpo_ext.sb3.parameters import gradient, policy_checkpoint, trainable
+from sb3_trpo_ext.sb3.parameters import PolicyCheckpoint, gradient, trainable
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 
 KL_CHUNK_SIZE = 2048
@@ -55,11 +57,11 @@ class RecomputedProblem:
     def __init__(self, policy: ActorCriticPolicy, batch: Batch, chunk_size: int) -> None:
         self._policy = policy
         self._chunks = batch.split(chunk_size)
-        self._old = policy_checkpoint(policy)
+        self._old = PolicyCheckpoint(policy)
 
     def evaluate(self) -> PolicyEvaluation:
         """Evaluate the policy with the parameters it has now, chunk by chunk beside those at θ_old."""
-        now, shares = policy_checkpoint(self._policy), []
+        now, shares = PolicyCheckpoint(self._policy), []
         for chunk in self._chunks:
             self._old.restore()
             problem = PolicyProblem(self._policy, chunk)
@@ -282,9 +284,9 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         finite = not found or math.isfinite(gradient_norm(list(found.values())))
         return UpdateRejectedError(reason) if finite else PolicyDivergedError(reason)
 
-    def _check_outcome(self, record: dict[str, float]) -> None:
+    def _check_outcome(self, record: dict[str, float], before: Sequence[Restorable]) -> None:
         try:
-            super()._check_outcome(record if self.vf_coef else {**record, "train/value_loss": 0.0})
+            super()._check_outcome(record if self.vf_coef else {**record, "train/value_loss": 0.0}, before)
         except UpdateRejectedError as rejection:
             if math.isfinite(record["train/value_loss"]):
                 raise PolicyDivergedError(str(rejection)) from rejection

@@ -67,7 +67,7 @@ class PolicyOutput:
 
         The policies of SB3 and sb3-contrib then still hold the distribution; others are run once more.
         """
-        if not _keeps_its_distribution(policy):
+        if not _keeps_its_distribution(policy) or len(batch.split(None)) > 1:  # several passes, the last one's is held
             return cls.of(policy, batch)
         family = family_of(policy.action_dist)
         return cls(policy.action_dist, family, batch.unpadded(family.coordinates(policy.action_dist)))
@@ -113,7 +113,7 @@ class PolicyProblem:
     @property
     def old_z(self) -> Tensor:
         """The coordinates of π_old at the samples, ``(N, K)``, after the first call."""
-        return torch.cat(self._old)
+        return self._batch.in_order(self._old, self._chunk_size)
 
     @property
     def size(self) -> int:

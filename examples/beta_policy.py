@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from gymnasium.wrappers import RescaleAction
+from numpy import float32
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -53,9 +54,7 @@ class BetaPolicy(ActorCriticPolicy):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timesteps", type=int, default=50_000, help="environment steps (default: %(default)s)")
-    env = make_vec_env("Pendulum-v1", n_envs=4, seed=0, wrapper_class=lambda env: RescaleAction(env, 0.0, 1.0))
-    model = TRPO(BetaPolicy, env, n_steps=512, gamma=0.95, seed=0)
-    print("Before training: mean return {:.0f} ± {:.0f}".format(*evaluate_policy(model, env, n_eval_episodes=40)))
-    model.learn(parser.parse_args().timesteps)
-    print("After training:  mean return {:.0f} ± {:.0f}".format(*evaluate_policy(model, env, n_eval_episodes=40)))
+    parser.add_argument("--timesteps", type=int, default=100_000, help="environment steps (default: %(default)s)")
+    env = make_vec_env("Pendulum-v1", 4, seed=0, wrapper_class=lambda env: RescaleAction(env, float32(0), float32(1)))
+    model = TRPO(BetaPolicy, env, n_steps=512, gamma=0.95, seed=0).learn(parser.parse_args().timesteps)
+    print("After training: mean return {:.0f} ± {:.0f}".format(*evaluate_policy(model, env, n_eval_episodes=40)))

@@ -198,9 +198,7 @@ class PolicyProblem:
         closed_form = distribution.entropy()
         # Without one (squashed actions), E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has gradient
         # zero in expectation. 0 log 0 = 0.
-        entropy = (
-            -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
-        )
+        entropy = -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
         surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
         return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
 

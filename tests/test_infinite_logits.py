@@ -131,3 +131,36 @@ def test_a_penalty_of_any_size_takes_steps_on_discrete_spaces(action: str, kl_pe
     model.learn(4 * 512)
     assert sum(record["train/is_line_search_success"] for record in records) >= 3
     assert all(record["train/kl_divergence_loss"] >= 0 for record in records)
+
+
+class ShiftingPolicy(ActorCriticPolicy):
+    """Masks by what the network makes of a state, so that an update can rule out what was possible."""
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
+        logits = self.action_net(latent_pi)
+        return self.action_dist.proba_distribution(
+            logits.masked_fill(logits < logits.mean(dim=1, keepdim=True) - 0.5, -math.inf)
+        )
+
+
+def shifting(algorithm: Any, **kwargs: Any) -> Any:
+    model = algorithm(ShiftingPolicy, RandomEnv(), **{**SMALL, "n_steps": 256, **kwargs})
+    with torch.no_grad():
+        model.policy.action_net.weight.mul_(100)
+    return model
+
+
+def test_a_penalty_of_zero_does_not_multiply_an_infinite_divergence() -> None:
+    options = {"batch_size": 64, "learning_rate": 3e-3, "kl_coef": 0.0, "kl_coef_bounds": (0.0, 1.0), "adaptive": False}
+    model = shifting(PPOPenalty, **options)
+    model.set_logger(Logger(None, []))
+    model.learn(256 + 1)
+    assert model.logger.name_to_value["train/kl_divergence_loss"] == math.inf
+    assert model.logger.name_to_value["train/kl_penalty"] == 0.0
+    assert model._rejections_in_a_row == 0
+
+
+def test_the_reason_is_the_divergence_where_that_is_infinite() -> None:
+    model = shifting(TRPO, target_kl=0.5, line_search_max_iter=1)
+    model.learn(256)
+    assert model._reported_rejections == ["the KL divergence at the trial point is not finite"]

@@ -92,16 +92,12 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """Check the arguments, then build; `load` comes through here too."""
         self._check_arguments()
         super()._setup_model()
-        if self._kl_is_sampled() and self.verbose >= 1:
-            print(
-                f"No KL divergence is registered for {type(self.policy.action_dist).__name__}: it is estimated from "
-                "the actions that were taken (see sb3_trpo_ext.register_family)."
-            )
-
-    def _kl_is_sampled(self) -> bool:
-        """Whether no KL divergence is known of the policy's action distribution, if it shows one."""
         distribution = getattr(self.policy, "action_dist", None)
-        return distribution is not None and family_of(distribution) is None
+        if self.verbose >= 1 and distribution is not None and family_of(distribution) is None:
+            print(
+                f"No KL divergence is registered for {type(distribution).__name__}: it is estimated from the actions "
+                "that were taken (see sb3_trpo_ext.register_family)."
+            )
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
@@ -246,8 +242,6 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
-        if self._kl_is_sampled():
-            self.logger.record("train/kl_is_sampled", 1.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in record.items():
             self.logger.record(key, value)

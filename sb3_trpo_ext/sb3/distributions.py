@@ -44,7 +44,11 @@ class Family(ABC):
 
     @abstractmethod
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """KL(old‖new) a state, shape ``(N,)``, in nats; exactly 0 where ``old`` and ``new`` are the same bits."""
+        """KL(old‖new) a state, shape ``(N,)``, in nats; exactly 0 where ``old`` and ``new`` are the same bits.
+
+        Differentiable in ``new``, twice if `metric` is not overridden. A formula whose large terms cancel, as those
+        from logarithms of the gamma function do, is best evaluated in float64.
+        """
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """M(z) v, shape ``(N, K)``: the Fisher information of z at each state applied to a tangent v.
@@ -183,7 +187,7 @@ def register_family(distribution_class: type[DistributionT], factory: Callable[[
     """Make the KL divergence and the Fisher metric of an action distribution known to all algorithms.
 
     Without it they are estimated from the actions that were taken (`SampledFamily`): TRPO, NPG and PPOPenalty train,
-    on a noisier KL divergence, and ``train/kl_is_sampled`` says so in the log. ``examples/beta_policy.py`` shows both.
+    on a noisier KL divergence, and ``train/kl_is_sampled`` says so in the log. See ``examples/beta_policy.py``.
 
     Args:
         distribution_class: A subclass of SB3's ``Distribution``. Its own subclasses are served too, unless they, or a
@@ -280,8 +284,8 @@ def _mass_divergence(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Ten
     # Each branch is finite where the other is taken: zero times infinity would make its gradient NaN.
     d = torch.where(absent | ruled_out, 0.0, log_ratio)
     p = log_old.exp()
-    grown = (d > 1) | absent
-    divergence = torch.where(grown, log_new.exp() - p - p * d, p * exp_remainder(d.clamp(max=1)))
+    far = (log_new.exp() - p - p * d).clamp(min=0)  # the smallest numbers of all are few, and round to less
+    divergence = torch.where((d > 1) | absent, far, p * exp_remainder(d.clamp(max=1)))
     return torch.where(ruled_out, math.inf, divergence)
 
 

@@ -146,6 +146,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             "train/kl_divergence_loss": evaluation.divergence,
             "train/kl_max": evaluation.kl_max,
             "train/entropy": evaluation.entropy,
+            **evaluation.remarks,
         }
 
     def _adapt(self, divergence: float) -> None:

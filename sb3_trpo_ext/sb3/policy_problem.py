@@ -33,12 +33,19 @@ class PolicyEvaluation:
         divergence: Mean joint KL(π_old‖π_θ), the D of the trust region.
         kl_max: Largest joint KL(π_old‖π_θ) of a state in the batch.
         entropy: H, mean entropy of the policy (estimated from samples where it has no closed form).
+        kl_is_sampled: Whether the KL divergences are estimates, for want of a registered family.
     """
 
     objective: float
     divergence: float
     kl_max: float
     entropy: float
+    kl_is_sampled: bool = False
+
+    @property
+    def remarks(self) -> dict[str, float]:
+        """What is to be known of the numbers, to be logged beside them."""
+        return {"train/kl_is_sampled": 1.0} if self.kl_is_sampled else {}
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ class PolicyProblem:
         self._chunks = batch.split(chunk_size)
         self._old: list[Tensor] = []
         self._graph: PolicyOutput | None = None
+        self._kl_is_sampled = False
 
     @property
     def old_z(self) -> Tensor:
@@ -176,7 +184,8 @@ class PolicyProblem:
             if at_start:
                 self._old.append(output.z.detach())
                 self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
-                without_gradient = isinstance(output.family, SampledFamily) and not output.z.requires_grad
+                self._kl_is_sampled = isinstance(output.family, SampledFamily)
+                without_gradient = self._kl_is_sampled and not output.z.requires_grad
             kl = output.family.kl(self._old[index], output.z.detach())
             objective, entropy = self._terms(chunk, output.distribution)
             yield objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
@@ -186,7 +195,7 @@ class PolicyProblem:
     def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
         total = torch.stack(shares)
         objective, entropy, divergence = total[:, :3].sum(dim=0).tolist()
-        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy)
+        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy, self._kl_is_sampled)
         if not hasattr(self, "start"):
             self.start = evaluation
         return evaluation

@@ -176,6 +176,24 @@ def test_a_subclass_that_is_no_gaussian_is_not_taken_for_one() -> None:
     assert all(record["train/kl_is_sampled"] and record["train/is_line_search_success"] for record in records)
 
 
+def test_what_the_policy_returns_counts_and_not_what_it_keeps() -> None:
+    class Elsewhere(with_distribution(ActorCriticPolicy, BetaDistribution)):  # type: ignore[misc]
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.beta, self.action_dist = self.action_dist, DiagGaussianDistribution(3)
+
+        def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
+            return self.beta.proba_distribution(self.action_net(latent_pi))
+
+    for algorithm in (TRPO, PPOPenalty):
+        env = RandomEnv(action_space=ACTION_SPACES["box"])
+        model = algorithm(Elsewhere, env, **{**SMALL, **ALGORITHMS[algorithm]})
+        model.set_logger(Logger(None, []))
+        records = logged(model)
+        model.learn(64)
+        assert all(record["train/kl_is_sampled"] and record["train/kl_divergence_loss"] > 0 for record in records)
+
+
 def test_a_saved_model_goes_on(tmp_path: Path) -> None:
     model = model_of(TRPO, BetaDistribution)
     model.learn(256)

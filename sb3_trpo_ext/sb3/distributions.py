@@ -107,7 +107,9 @@ class CategoricalFamily(Family):
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum of the KL divergences of the choices; infinite where an option of p > 0 is ruled out."""
-        return _mass_divergence(old, new, new - old).sum(dim=1)
+        rows = max(1, _CACHED // old.shape[1])
+        pairs = zip(old.split(rows), new.split(rows), strict=True)
+        return torch.cat([_mass_divergence(*pair, _log_ratio(*pair)) for pair in pairs])
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """(diag(p) - p pᵀ) v for each choice."""
@@ -128,7 +130,7 @@ class BernoulliFamily(Family):
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum of the KL divergences of the coins."""
-        return (self._heads(old, new) + self._heads(-old, -new)).sum(dim=1)
+        return self._heads(old, new) + self._heads(-old, -new)
 
     @staticmethod
     def _heads(old: Tensor, new: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class BernoulliFamily(Family):
         step = new - old
         small = step.abs() <= 1
         through_step = -torch.log1p((-old).sigmoid() * torch.expm1(-torch.where(small, step, 0.0)))
-        return _mass_divergence(log_old, log_new, torch.where(small, through_step, log_new - log_old))
+        return _mass_divergence(log_old, log_new, torch.where(small, through_step, _log_ratio(log_old, log_new)))
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """Multiply by p (1 - p)."""
@@ -170,12 +172,15 @@ class SampledFamily(Family):
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """The estimate at each sample."""
         taken = self.taken_log_prob.unsqueeze(1)
-        return _mass_divergence(old - taken, new - taken, new - old).squeeze(1)
+        return _mass_divergence(old - taken, new - taken, _log_ratio(old, new))
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """Multiply by w."""
         return _finite_exp(z - self.taken_log_prob.unsqueeze(1)) * v
 
+
+_CACHED = 2**16
+"""Numbers in a part of a KL divergence that is computed by itself: intermediate results are few, and stay in cache."""
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 Factory = Callable[[Any], Family | None]
@@ -270,23 +275,26 @@ _register_sb3()
 
 
 def _mass_divergence(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
-    """Elementwise p' - p - p log(p'/p) >= 0 of masses p and p'; summed over all outcomes it is KL(p‖p').
+    """Sum over outcomes of p' - p - p log(p'/p) >= 0 of masses p and p', which is KL(p‖p'): ``(N, K)`` -> ``(N,)``.
 
-    p = 0 (a logarithm of -∞) gives p', and p' = 0 where p is not gives ∞.
+    p = 0 gives p', and p' = 0 where p is not gives ∞.
 
     Args:
-        log_old: log p.
-        log_new: log p'.
-        log_ratio: log p' - log p, as exactly as it is known; ignored where a logarithm is -∞.
+        log_old: log p, -∞ included.
+        log_new: log p', likewise.
+        log_ratio: d = log p' - log p, as exactly as it is known; see `_log_ratio`.
     """
-    absent = log_old == -math.inf
-    ruled_out = (log_new == -math.inf) & ~absent
-    # Each branch is finite where the other is taken: zero times infinity would make its gradient NaN.
-    d = torch.where(absent | ruled_out, 0.0, log_ratio)
-    p = log_old.exp()
-    far = (log_new.exp() - p - p * d).clamp(min=0)  # the smallest numbers of all are few, and round to less
-    divergence = torch.where((d > 1) | absent, far, p * exp_remainder(d.clamp(max=1)))
-    return torch.where(ruled_out, math.inf, divergence)
+    p, d = log_old.exp(), log_ratio
+    # e^d would overflow where p is next to nothing, and says nothing where p is nothing.
+    far = log_new.exp() - p - p * d.clamp(min=torch.finfo(d.dtype).min)
+    near = p * exp_remainder(d.clamp(max=1))
+    # The smallest positive numbers have few digits, and a sum of them may round to less than zero.
+    return torch.where((d > 1) | (p == 0), far, near).sum(dim=1).clamp(min=0)
+
+
+def _log_ratio(log_old: Tensor, log_new: Tensor) -> Tensor:
+    """log(p'/p), never -∞ less -∞: finite where p = 0 alone, -∞ where p' = 0."""
+    return log_new - log_old.clamp(min=torch.finfo(log_old.dtype).min)
 
 
 def exp_remainder(y: Tensor) -> Tensor:
@@ -298,23 +306,19 @@ def exp_remainder(y: Tensor) -> Tensor:
 class _ExpRemainder(torch.autograd.Function):
     """Its derivative is e^y - 1, which the branches of the forward pass need not be asked for."""
 
-    generate_vmap_rule = True
-    SMALL = 2.0**-4
-    TERMS = 8
-    """Of y²/2! + y³/3! + ...: the next one is below the rounding of float64 for all |y| < `SMALL`."""
+    SMALL = 2.0**-6
 
     @staticmethod
-    def forward(y: Tensor) -> Tensor:
-        series = torch.ones_like(y)
-        for divisor in range(_ExpRemainder.TERMS + 1, 2, -1):
-            series.mul_(y).div_(divisor).add_(1)
-        series.mul_(y).mul_(y).div_(2)
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        # y²/2! + y³/3! + ... until the next term is below the rounding for all |y| < SMALL.
+        last = 4 if y.dtype == torch.float32 else 9
+        series = y / math.factorial(last)
+        for order in range(last - 1, 1, -1):
+            series.add_(1 / math.factorial(order)).mul_(y)
+        series.mul_(y)
         difference = torch.expm1(y).sub_(y.clamp(max=torch.finfo(y.dtype).max))  # ∞ - ∞ is ∞ here
         return torch.where(y.abs() < _ExpRemainder.SMALL, series, difference)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

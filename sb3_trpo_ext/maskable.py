@@ -85,7 +85,8 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         if not isinstance(buffer, MASKABLE_BUFFERS):
             return
         family = family_of(self.policy.action_dist)
-        assert isinstance(family, CategoricalFamily)  # as every maskable distribution
+        if not isinstance(family, CategoricalFamily):
+            return  # a distribution of the user's own, whose options are not known
         ends = np.cumsum(family.sizes)[:-1]
         allowed = by_time(buffer, buffer.action_masks).reshape(buffer.buffer_size, buffer.n_envs, -1)
         for choice, masks in enumerate(np.split(allowed, ends, axis=2)):

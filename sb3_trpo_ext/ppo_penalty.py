@@ -199,10 +199,8 @@ class PPOPenalty(FirstOrderAlgorithm):
         output = PolicyOutput.after_evaluation(self.policy, part)
         assert part.old_z is not None  # see _prepared
         divergence = output.family.kl(part.old_z, output.z).mean()
-        objective = importance_sampled_surrogate(ratio, advantages).mean()
-        if not self.kl_coef:  # nothing, even where the divergence is not finite
-            return -objective, torch.zeros_like(objective.detach())
-        return self.kl_coef * divergence - objective, self.kl_coef * divergence.detach()
+        penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
+        return penalty - importance_sampled_surrogate(ratio, advantages).mean(), penalty.detach()
 
     def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {

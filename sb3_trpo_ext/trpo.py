@@ -323,7 +323,8 @@ class TRPO(NaturalGradientAlgorithm):
 
         def judged(evaluation: PolicyEvaluation) -> Trial:
             divergence = evaluation.kl_max if self.trust_region == "max" else evaluation.divergence
-            return Trial(evaluation, evaluation.objective - penalty * evaluation.kl_max, divergence)
+            cost = penalty * evaluation.kl_max if penalty else 0.0  # kl_max may be infinite
+            return Trial(evaluation, evaluation.objective - cost, divergence)
 
         def trial_at(fraction: float) -> Trial:
             direction.go_to(fraction * step_size)

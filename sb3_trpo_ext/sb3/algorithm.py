@@ -105,9 +105,12 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         self._check_arguments()
         self._checked_size = self._rollout_size()
         super()._setup_model()
-        action_distribution = getattr(self.policy, "action_dist", None)
-        if action_distribution is not None:
-            family_of(action_distribution)
+        distribution = getattr(self.policy, "action_dist", None)
+        if self.verbose >= 1 and distribution is not None and family_of(distribution) is None:
+            print(
+                f"No KL divergence is registered for {type(distribution).__name__}: it is estimated from the actions "
+                "that were taken (see sb3_trpo_ext.register_family)."
+            )
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""

@@ -215,6 +215,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             "train/kl_divergence_loss": evaluation.divergence,
             "train/kl_max": evaluation.kl_max,
             "train/entropy": evaluation.entropy,
+            **evaluation.remarks,
         }
 
     def _adapt(self, ascent: Ascent) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
+LARGE, CLOSE = 100.0, 1e-4
+"""Up to this size of log p - log e, differences above the second are larger than what rounding makes of them."""
+
 MASKED_LOGIT = -1e8
 """What sb3-contrib's maskable distributions put in the place of the logit of an action that is not allowed."""
 
@@ -106,8 +109,8 @@ class CategoricalSampler(Sampler):
             scores = logits[:, part] - np.log(array)
             best = scores.argmax(axis=1)
             top = scores[self._rows, best]
-            close = top - (1e-4 + 2e-6 * np.abs(top))
-            if np.count_nonzero(scores > close[:, None]) != len(scores):
+            small = top.dot(top) < LARGE**2  # false for NaN too
+            if not small or np.count_nonzero(scores > top[:, None] - CLOSE) != len(scores):
                 best = self._by_quotients(masks, part, draw)
             chosen.append(best)
         return chosen[0] if self._single else np.stack(chosen, axis=1)

@@ -22,9 +22,9 @@ class PPOClip(FirstOrderAlgorithm):
     """Proximal Policy Optimization with the clipped objective (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
 
     Minibatch ascent on E[min(r·Â, clip(r, 1-ε, 1+ε)·Â)] (equation 7) less ``vf_coef`` times the value loss plus
-    ``ent_coef`` times the entropy (equation 9). With ``fast_rollouts=False`` it takes the same steps as
-    ``stable_baselines3.PPO``, number for number. Beyond it, the exact joint KL divergence is logged beside the sampled
-    estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
+    ``ent_coef`` times the entropy (equation 9). It takes the same steps as ``stable_baselines3.PPO``, number for
+    number. Beyond it, the exact joint KL divergence is logged beside the sampled estimate
+    (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
 
     It learns what SB3's PPO learns: CartPole-v1 in 60 000 steps; of Pendulum-v1, at a learning rate of 1e-3, some seeds
     are still far from the others after 150 000.
@@ -58,8 +58,9 @@ class PPOClip(FirstOrderAlgorithm):
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
         max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
             back, optimiser included, and ends the update. None for no bound.
-        fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``
-            tells): the same distribution from another random stream. False always collects as SB3 does.
+        fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
+            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks in a third of the time.
+            False collects by SB3's own loop.
         _init_setup_model: Build the networks at construction.
 
     Raises:

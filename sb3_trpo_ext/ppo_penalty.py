@@ -80,8 +80,9 @@ class PPOPenalty(FirstOrderAlgorithm):
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
         max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
             back, optimiser included, and ends the update. None for no bound.
-        fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``
-            tells): the same distribution from another random stream. False always collects as SB3 does.
+        fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
+            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks in a third of the time.
+            False collects by SB3's own loop.
         _init_setup_model: Build the networks at construction.
 
     Raises:

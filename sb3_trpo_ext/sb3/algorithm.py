@@ -26,10 +26,11 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
-from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_rollout
+from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_policy, check_rollout, check_schedule
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
+from sb3_trpo_ext.sb3.signal import CURES
 from sb3_trpo_ext.sb3.snapshot import NotCoveredError
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 
@@ -91,22 +92,23 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         """Check the arguments, then build; `load` comes through here too."""
         self._check_arguments()
-        super()._setup_model()
+        with torch.inference_mode(False):  # whose tensors could not be trained
+            super()._setup_model()
         action_distribution = getattr(self.policy, "action_dist", None)
         if action_distribution is not None:
             family_of(action_distribution)
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
-        if not callable(self.ent_coef):
-            check_finite("ent_coef", self.ent_coef)
+        check_schedule("learning_rate", self.learning_rate)
+        check_finite("ent_coef", self.ent_coef)
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
-        value = self._in_force(self.ent_coef)
+        value = float(self._in_force(self.ent_coef))
         if callable(self.ent_coef):
             check_finite("ent_coef", value)
-        return float(value)
+        return value
 
     def _in_force(self, argument: float | Schedule) -> float:
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
@@ -131,21 +133,27 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         Raises:
             ValueError: If an observation, action, reward, value, log-probability, advantage or return is NaN or
                 infinite; the message names which, the environment and the step. The policy is unchanged and the
-                next ``learn`` resets the environments.
+                next ``learn`` resets the environments. If a parameter or σ of the policy is not finite, or σ is zero,
+                the message names that instead.
         """
         start = time.perf_counter()
         try:
             try:
                 completed = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
             except Exception as error:
-                # A policy that refuses NaN says nothing of where it came from.
+                # A policy that refuses NaN says nothing of where it came from: itself, or what it saw.
                 try:
+                    check_policy(self.policy)
                     check_observation(self._last_obs, step=rollout_buffer.pos)
                 except ValueError as located:
                     raise located from error
                 raise
             if completed:
-                check_rollout(rollout_buffer, self._last_obs)
+                try:
+                    check_rollout(rollout_buffer, self._last_obs)
+                except ValueError:
+                    check_policy(self.policy)  # which may be what made all the rest not finite
+                    raise
         except ValueError:
             self._last_obs = None
             raise
@@ -202,7 +210,23 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         )
 
     def train(self) -> None:
-        """Update policy and critic from the rollout buffer, as one transaction."""
+        """Update policy and critic from the rollout buffer, as one transaction.
+
+        Gradients are taken whatever the caller has switched off: within ``torch.no_grad`` and
+        ``torch.inference_mode`` too.
+
+        Raises:
+            RuntimeError: If the policy was made within ``torch.inference_mode``: such parameters have no gradients.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            self._train()
+
+    def _train(self) -> None:
+        if any(param.is_inference() for param in self.policy.parameters()):
+            raise RuntimeError(
+                "The policy's parameters were made within torch.inference_mode, so that they cannot have gradients. "
+                "Make or replace the policy outside of it; torch.no_grad may stay."
+            )
         record: dict[str, float] = {}
         try:
             states = self._checkpoints()
@@ -245,19 +269,26 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _report_rejection(self, reason: str) -> None:
         """Tell the user why an update was rejected: each reason once, and a warning when it goes on."""
-        if reason not in self._reported_rejections:
-            self._reported_rejections.append(reason)
-            if self.verbose >= 1:
-                print(f"{type(self).__name__}: update rejected, the policy is unchanged: {reason}.")
+        self._tell_once("update rejected, the policy is unchanged", reason)
         self._rejections_in_a_row += 1
         if self._rejections_in_a_row == REJECTIONS_BEFORE_WARNING:
             warnings.warn(
-                f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. The usual "
-                "cures: a smaller `target_kl`, more `cg_damping`, a larger batch (`n_steps`), and rewards of the order "
-                "of one (VecNormalize).",
+                f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. "
+                + CURES.get(reason, f"The usual cures: {self._cures()}."),
                 UserWarning,
                 stacklevel=3,
             )
+
+    def _cures(self) -> str:
+        """What a user may change, among the arguments of this class, where updates are rejected."""
+        return "a larger batch (`n_steps`), and rewards of the order of one (VecNormalize)"
+
+    def _tell_once(self, event: str, reason: str) -> None:
+        """Print what happened and why, the first time that it happens for this reason."""
+        if reason not in self._reported_rejections:
+            self._reported_rejections.append(reason)
+            if self.verbose >= 1:
+                print(f"{type(self).__name__}: {event}: {reason}.")
 
     def _report_success(self) -> None:
         self._rejections_in_a_row = 0

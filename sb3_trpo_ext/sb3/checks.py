@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from torch import nn
 
 
 def check_integer(name: str, value: Any, least: int = 1, *, hint: str = "") -> None:
@@ -32,27 +34,68 @@ def check_number(name: str, value: Any, *, positive: bool = False, hint: str = "
     return float(value)
 
 
+POINTS_OF_A_SCHEDULE = 101
+"""Where between the beginning and the end of training a schedule is looked at."""
+
+
+def values_of(schedule: Any) -> Iterator[tuple[float, Any]]:
+    """Pairs of the remaining progress, from 1 to 0, and what a schedule says there."""
+    for progress in np.linspace(1.0, 0.0, POINTS_OF_A_SCHEDULE).tolist():
+        value = schedule(progress)
+        try:
+            yield progress, float(value)  # what SB3 makes of it
+        except (TypeError, ValueError):
+            yield progress, value
+
+
+def check_schedule(name: str, value: Any, *, positive: bool = False, hint: str = "") -> None:
+    """Raise `ValueError` unless ``value`` is such a number as of `check_number`, or a schedule that is all along.
+
+    Args:
+        name: The argument.
+        value: The number, or a function of the remaining progress.
+        positive: Whether a number must not be zero; of a schedule, see `check_radius`.
+        hint: What to do where a number is refused.
+    """
+    if not callable(value):
+        check_number(name, value, positive=positive, hint=hint)
+        return
+    for progress, there in values_of(value):
+        check_number(name, there, hint=f"That is its schedule where the remaining progress is {progress:.2g}.")
+
+
 def check_radius(name: str, value: Any, *, hint: str = "") -> None:
     """Raise `ValueError` unless ``value`` is a positive number, or a schedule that is one from beginning to end."""
     if not callable(value):
         check_number(name, value, positive=True, hint=hint)
         return
     cure = f"lambda progress: {value(1.0)} * max(progress, 0.01)"
-    for progress in (1.0, 0.0):
-        hint = f"Its schedule must stay positive until the end of training, as `{cure}` does."
-        check_number(name, value(progress), positive=True, hint=hint)
+    for progress, there in values_of(value):
+        hint = (
+            f"That is its schedule where the remaining progress is {progress:.2g}; it must stay positive until the end "
+            f"of training, as `{cure}` does."
+        )
+        check_number(name, there, positive=True, hint=hint)
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise `ValueError` unless ``value`` is a finite number of either sign."""
-    if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    """Raise `ValueError` unless ``value`` is a finite number of either sign, or a schedule that is one all along."""
+    for progress, there in values_of(value) if callable(value) else [(None, value)]:
+        if not isinstance(there, (int, float, np.number)) or not math.isfinite(there):
+            place = "" if progress is None else f" from its schedule where the remaining progress is {progress:.2g}"
+            raise ValueError(f"`{name}` must be a finite number, got {there!r}{place}.")
 
 
 def check_fraction(name: str, value: Any, *, include_zero: bool = False) -> None:
     """Raise `ValueError` unless ``value`` lies in (0, 1), or [0, 1)."""
     if check_number(name, value, positive=not include_zero) >= 1:
         raise ValueError(f"`{name}` must be less than 1, got {value}.")
+
+
+def check_share(name: str, value: Any, *, hint: str = "") -> None:
+    """Raise `ValueError` unless ``value`` lies in [0, 1]."""
+    if check_number(name, value, hint=hint) > 1:
+        raise ValueError(f"`{name}` must be at most 1, got {value}. {hint}".rstrip())
 
 
 def check_rollout_size(n_steps: int, n_envs: int, *, normalize_advantage: bool) -> None:
@@ -77,7 +120,37 @@ def check_minibatches(n_steps: int, n_envs: int, batch_size: int) -> None:
         )
 
 
-CURE = "Wrap the environment in stable_baselines3.common.vec_env.VecCheckNan to find where it comes from."
+OF_THE_ENVIRONMENT = "Wrap the environment in stable_baselines3.common.vec_env.VecCheckNan to find where it comes from."
+OF_THE_POLICY = (
+    "What the policy saw was finite, so this is the policy's own doing: look for a standard deviation, a logit or a "
+    "feature that can overflow."
+)
+OF_THE_SCALE = "The rewards and values were finite, their sums are not: scale the rewards down (VecNormalize)."
+
+
+def check_policy(policy: nn.Module) -> None:
+    """Raise `ValueError` naming what of a policy itself cannot act: a parameter that is not finite, or a σ of 0 or inf.
+
+    Frozen parameters and buffers may hold what they like.
+
+    Args:
+        policy: The policy.
+    """
+    cure = "The environment is not at fault: put the parameter right, or load a model from before it went wrong."
+    for name, param in policy.named_parameters():
+        if param.requires_grad and not bool(param.isfinite().all()):
+            worst = float(param.detach()[~param.isfinite()][0])
+            raise ValueError(f"The parameter `{name}` of the policy is not finite ({worst}). {cure}")
+    log_std = getattr(policy, "log_std", None)
+    if not isinstance(log_std, torch.Tensor) or getattr(policy, "use_sde", False):
+        return  # gSDE keeps σ above zero, and may read `log_std` otherwise
+    std = log_std.detach().exp().flatten()
+    wrong = (std.square() == 0) | ~std.isfinite()  # densities divide by the variance
+    if bool(wrong.any()):
+        raise ValueError(
+            f"The standard deviation of the policy's actions, exp(`log_std`), is {float(std[wrong][0]):g} at "
+            f"`log_std` = {float(log_std.detach().flatten()[wrong][0]):g}. {cure}"
+        )
 
 
 def check_observation(observation: Any, *, step: int) -> None:
@@ -101,15 +174,15 @@ def check_rollout(buffer: RolloutBuffer, last_observation: Any) -> None:
     for name, array in _named_observations(buffer.observations):
         _raise_unless_finite(name, array)
     check_observation(last_observation, step=buffer.buffer_size)
-    for name, array in (
-        ("action", buffer.actions),
-        ("reward (with the bootstrapped value at a timeout)", buffer.rewards),
-        ("value", buffer.values),
-        ("log-probability", buffer.log_probs),
-        ("advantage", buffer.advantages),
-        ("return", buffer.returns),
+    for name, array, cure in (
+        ("action", buffer.actions, OF_THE_POLICY),
+        ("value", buffer.values, OF_THE_POLICY),
+        ("log-probability", buffer.log_probs, OF_THE_POLICY),
+        ("reward (with the bootstrapped value at a timeout)", buffer.rewards, OF_THE_ENVIRONMENT),
+        ("advantage", buffer.advantages, OF_THE_SCALE),
+        ("return", buffer.returns, OF_THE_SCALE),
     ):
-        _raise_unless_finite(name, array)
+        _raise_unless_finite(name, array, cure=cure)
 
 
 def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -120,12 +193,12 @@ def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield "observation", observation
 
 
-def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0) -> None:
+def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0, cure: str = OF_THE_ENVIRONMENT) -> None:
     if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
         return
     step, env, *_ = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
     worst = array[step, env][~np.isfinite(array[step, env])].flat[0]
     raise ValueError(
         f"The rollout holds a {name} that is not finite ({worst}), in environment {env} at step {first_step + step}. "
-        f"The policy is unchanged. {CURE}"
+        f"The policy is unchanged. {cure}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,10 +18,17 @@ from torch.nn import functional as F
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
-from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
+from sb3_trpo_ext.sb3.checks import (
+    check_integer,
+    check_minibatches,
+    check_number,
+    check_rollout_size,
+    check_schedule,
+)
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.signal import NO_SIGNAL, has_signal, without_noise
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
@@ -94,10 +101,14 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             )
         for name in ("batch_size", "n_epochs"):
             check_integer(name, getattr(self, name))
-        if isinstance(self.clip_range_vf, (int, float)) and not self.clip_range_vf > 0:
-            raise AssertionError(
-                f"`clip_range_vf` must be positive, got {self.clip_range_vf}. Pass None to switch value clipping off."
-            )
+        if isinstance(self.clip_range_vf, (int, float)):
+            if not self.clip_range_vf > 0:
+                raise AssertionError(
+                    f"`clip_range_vf` must be positive, got {self.clip_range_vf}. Pass None to switch value clipping "
+                    "off."
+                )
+        elif self.clip_range_vf is not None:
+            check_schedule("clip_range_vf", self.clip_range_vf, hint="Pass None to switch value clipping off.")
         if self.max_kl is not None:
             check_number("max_kl", self.max_kl, positive=True, hint="Pass None for no bound.")
         if self.env is not None:
@@ -118,10 +129,16 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """Whether the sampled KL estimate of a minibatch ends the update before its step."""
         return False
 
+    def _cures(self) -> str:
+        bound = "" if self.max_kl is None else "a larger `max_kl`, "
+        return f"{bound}a smaller `learning_rate`, a smaller `max_grad_norm`, {super()._cures()}"
+
     def _update(self) -> dict[str, float]:
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
-            batch = whole_rollout(self.rollout_buffer, self.action_space)
+            batch = without_noise(whole_rollout(self.rollout_buffer, self.action_space), self.rollout_buffer)
+            if not has_signal(batch):
+                self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             problem = PolicyProblem(self.policy, batch, chunk_size=KL_CHUNK_SIZE)
             self._exact(problem)
             ascent = self._epochs(problem, self._prepared(batch, problem))
@@ -183,9 +200,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
         params = trainable(self.policy)
         records: list[Tensor] = []
-        within_target = True
+        within_target, silent = True, not has_signal(batch)
         with FlatOptimizer(self.policy.optimizer) as optimizer:
             for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+                if silent:  # a buffer of another kind deals out its own advantages
+                    part = replace(part, advantages=torch.zeros_like(part.advantages))
                 loss, record = self._loss(part)
                 records.append(record)
                 if self._exceeds_target(record[0], epoch):

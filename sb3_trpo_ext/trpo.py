@@ -372,7 +372,10 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _cures(self) -> str:
         cures = super()._cures()
-        return cures.replace("a smaller `target_kl`", "a larger `kl_penalty`") if self.kl_penalty else cures
+        if not self.kl_penalty:
+            return cures
+        penalty = "a number for `kl_penalty`" if self.kl_penalty == "theory" else "a larger `kl_penalty`"
+        return cures.replace("a smaller `target_kl`", penalty)
 
     def _described(self, step: PolicyStep) -> dict[str, float]:
         record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 
@@ -142,14 +144,20 @@ def check_policy(policy: nn.Module) -> None:
             worst = float(param.detach()[~param.isfinite()][0])
             raise ValueError(f"The parameter `{name}` of the policy is not finite ({worst}). {cure}")
     log_std = getattr(policy, "log_std", None)
-    if not isinstance(log_std, torch.Tensor) or getattr(policy, "use_sde", False):
-        return  # gSDE keeps σ above zero, and may read `log_std` otherwise
-    std = log_std.detach().exp().flatten()
-    wrong = (std.square() == 0) | ~std.isfinite()  # densities divide by the variance
+    if not isinstance(log_std, torch.Tensor):
+        return
+    log_std = log_std.detach()
+    if isinstance(policy, ActorCriticPolicy) and isinstance(policy.action_dist, StateDependentNoiseDistribution):
+        std = policy.action_dist.get_std(log_std)  # which has its own way to read it
+        wrong = (std == 0) | ~std.isfinite()
+    else:
+        std = log_std.exp()
+        wrong = (std.square() == 0) | ~std.isfinite()  # densities divide by the variance
     if bool(wrong.any()):
+        place = int(torch.nonzero(wrong.flatten())[0])
         raise ValueError(
-            f"The standard deviation of the policy's actions, exp(`log_std`), is {float(std[wrong][0]):g} at "
-            f"`log_std` = {float(log_std.detach().flatten()[wrong][0]):g}. {cure}"
+            f"The standard deviation of the policy's noise is {float(std.flatten()[place]):g}, where its parameter "
+            f"`log_std` is {float(log_std.expand_as(std).flatten()[place]):g}. {cure}"
         )
 
 

@@ -26,7 +26,14 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
-from sb3_trpo_ext.sb3.checks import check_finite, check_observation, check_policy, check_rollout, check_schedule
+from sb3_trpo_ext.sb3.checks import (
+    check_finite,
+    check_observation,
+    check_policy,
+    check_rollout,
+    check_schedule,
+    check_trainable,
+)
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
 from sb3_trpo_ext.sb3.rollout import fast_rollout
@@ -198,7 +205,11 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             reset_num_timesteps: As in SB3.
             progress_bar: As in SB3.
             **kwargs: What a parent class of sb3-contrib takes beyond these.
+
+        Raises:
+            RuntimeError: See `train`.
         """
+        check_trainable(self.policy)
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -222,11 +233,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             self._train()
 
     def _train(self) -> None:
-        if any(param.is_inference() for param in self.policy.parameters()):
-            raise RuntimeError(
-                "The policy's parameters were made within torch.inference_mode, so that they cannot have gradients. "
-                "Make or replace the policy outside of it; torch.no_grad may stay."
-            )
+        check_trainable(self.policy)
         record: dict[str, float] = {}
         try:
             states = self._checkpoints()

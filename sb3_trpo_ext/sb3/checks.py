@@ -130,6 +130,16 @@ OF_THE_POLICY = (
 OF_THE_SCALE = "The rewards and values were finite, their sums are not: scale the rewards down (VecNormalize)."
 
 
+def check_trainable(policy: nn.Module) -> None:
+    """Raise `RuntimeError` if a parameter can have no gradient, whatever is switched on."""
+    for name, param in policy.named_parameters():
+        if param.is_inference():
+            raise RuntimeError(
+                f"The parameter `{name}` of the policy was made within torch.inference_mode, so that it cannot have a "
+                "gradient. Make it outside of it, or within torch.inference_mode(False)."
+            )
+
+
 def check_policy(policy: nn.Module) -> None:
     """Raise `ValueError` naming what of a policy itself cannot act: a parameter that is not finite, or a σ of 0 or inf.
 

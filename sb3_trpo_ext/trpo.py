@@ -128,11 +128,12 @@ class TRPO(NaturalGradientAlgorithm):
             a sample costs and keeps the graphs within 512 MiB; None for all at once.
         cg_residual_tol: Conjugate gradients stop at this relative residual.
         min_radius_used: u in [0, 1]. Damping shortens the step to the boundary: it uses the share
-            xᵀFx / xᵀ(F + λI)x of δ, and with K actions, where the entries of F are about 1/K, 0.1 of it at K = 100 and
-            0.01 at K = 1000. Where that share is below u, the step (not its direction) is scaled to use u of δ in the
-            quadratic model. 0 leaves damping its way, as sb3-contrib does; 1 measures the boundary without it.
-            ``"auto"`` is 0.6 for discrete, multi-discrete and multi-binary actions and 0 for Box, where it would
-            lengthen the steps of all tasks of more than about six dimensions; 0.6 is recommended for a Box of many.
+            xᵀFx / xᵀ(F + λI)x of δ, and with K actions, where the entries of F are about 1/K, a tenth of it at K = 100
+            and a hundredth at K = 1000. Where that share is below u, the step (not its direction) is scaled to use u of
+            δ in the quadratic model. 0 leaves damping its way, as sb3-contrib does; 1 measures the boundary without it,
+            so that the line search has to shorten many steps. ``"auto"`` is 0.6 for discrete, multi-discrete and
+            multi-binary actions, and 0 for Box; 0.6 is recommended for a Box of more than ten dimensions. With hundreds
+            of actions a smaller ``cg_damping`` makes a better direction too.
         line_search_accept_ratio: Fraction in [0, 1) of the predicted improvement that a step must bring; 0 accepts
             any improvement.
         fast_rollouts: Collect by NumPy matrix products where the policy is a plain MLP on the CPU (``rollout_path``

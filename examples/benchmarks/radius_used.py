@@ -95,7 +95,7 @@ def draw(path: Path, panels: dict[str, dict[str, Curve]]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("KL divergence reached / δ")
-    grid[0].legend(loc="lower left")
+    grid[1].legend(loc="lower left")
     figure.suptitle(f"Radius used by the first step of TRPO, cg_damping = 0.1: {len(SEEDS)} seeds and their mean")
     figure.savefig(path, dpi=110)
 

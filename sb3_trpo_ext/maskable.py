@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS
+from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, by_time
 from sb3_trpo_ext.sb3.distributions import CategoricalFamily, family_of
 from sb3_trpo_ext.trpo import TRPO
 
@@ -85,9 +85,11 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         if not isinstance(buffer, MASKABLE_BUFFERS):
             return
         family = family_of(self.policy.action_dist)
-        assert isinstance(family, CategoricalFamily)  # as every maskable distribution
+        if not isinstance(family, CategoricalFamily):
+            return  # a distribution of the user's own, whose options are not known
         ends = np.cumsum(family.sizes)[:-1]
-        for choice, masks in enumerate(np.split(buffer.action_masks, ends, axis=2)):
+        allowed = by_time(buffer, buffer.action_masks).reshape(buffer.buffer_size, buffer.n_envs, -1)
+        for choice, masks in enumerate(np.split(allowed, ends, axis=2)):
             forbidden = np.argwhere(~masks.any(axis=2))
             if len(forbidden):
                 self._last_obs = None

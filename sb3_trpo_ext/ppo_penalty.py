@@ -13,14 +13,24 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from sb3_trpo_ext.core.objectives import adapted_penalty, importance_sampled_surrogate
+from sb3_trpo_ext.core.objectives import (
+    adapted_penalty,
+    bounded_penalty,
+    importance_sampled_surrogate,
+    searched_penalty,
+)
 from sb3_trpo_ext.core.trust_region import Restorable
-from sb3_trpo_ext.sb3.algorithm import Attributes
+from sb3_trpo_ext.sb3.algorithm import Attributes, UpdateRejectedError
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_number, check_radius
-from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
+from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedProblem
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+
+LARGEST_KL_COEF = torch.finfo(torch.float32).max ** 0.25
+"""(β·‖∇KL‖)² must not overflow, which leaves β and ‖∇KL‖ the fourth root of the largest float32 each."""
+
+SMALLEST_KL_COEF = torch.finfo(torch.float32).tiny
 
 
 class PPOPenalty(FirstOrderAlgorithm):
@@ -30,7 +40,13 @@ class PPOPenalty(FirstOrderAlgorithm):
     ``ent_coef`` times the entropy. The KL divergence is the exact joint one of whole distributions, not an estimate
     from the actions that were taken. After an update that moved the policy by d, β is halved if d < d_targ / 1.5 and
     doubled if d > 1.5 d_targ (section 4); d is measured on the whole rollout. β is saved with the model
-    (``model.kl_coef``). An update is atomic, β included.
+    (``model.kl_coef``). An update is atomic.
+
+    In the paper no update is undone. Here an epoch that ``max_kl`` rolled back counts as d = ∞, and so does an update
+    that was undone because the policy or its part of the gradient was not finite: β is doubled. Where nothing of an
+    update was kept and β is the largest already, it is halved, and on and on in that direction until an update
+    succeeds, so that β can leave any range in which none does. What the critic or an interrupt brought down leaves β
+    as it was.
 
     Args:
         policy: The policy class, or ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``.
@@ -42,10 +58,11 @@ class PPOPenalty(FirstOrderAlgorithm):
         gamma: Discount factor.
         gae_lambda: λ of generalised advantage estimation (Schulman et al. 2016).
         target_kl: d_targ, a float or a schedule of the remaining progress.
-        kl_coef: β of the first update.
-        adaptive: Adapt β; False keeps it.
-        kl_coef_bounds: Smallest and largest β. Without an upper one, β can grow in a phase when the KL divergence does
-            not answer to it until it stops all learning.
+        kl_coef: β of the first update. At most 4.3e9, the fourth root of the largest float32, so that the norm of the
+            penalty's gradient does not overflow.
+        adaptive: Adapt β; False keeps it, within the bounds or not, at 0 too.
+        kl_coef_bounds: Smallest, > 0, and largest β; ``math.inf`` is 4.3e9. With a large one, β can grow in a phase
+            when the KL divergence does not answer to it until it stops all learning.
         clip_range_vf: Clipping of the value function, a float or a schedule; None for none.
         normalize_advantage: Standardise Â over each minibatch.
         ent_coef: Weight of the entropy bonus, a float or a schedule of the remaining progress.
@@ -73,6 +90,7 @@ class PPOPenalty(FirstOrderAlgorithm):
     """
 
     loss_statistic = "kl_penalty"
+    loss_needs_old_z = True
 
     def __init__(
         self,
@@ -139,6 +157,7 @@ class PPOPenalty(FirstOrderAlgorithm):
         self.kl_coef = kl_coef
         self.adaptive = adaptive
         self.kl_coef_bounds = kl_coef_bounds
+        self._search_factor = 2.0
 
         if _init_setup_model:
             self._setup_model()
@@ -152,13 +171,17 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_radius("target_kl", self.target_kl, hint="0.01 is a usual target.")
-        low, high = self.kl_coef_bounds
-        for bound in self.kl_coef_bounds:
-            if bound != math.inf:
-                check_number("kl_coef_bounds", bound)
-        if not low <= check_number("kl_coef", self.kl_coef) <= high:
+        low, high = _checked_bounds(self.kl_coef_bounds)
+        beta = check_number("kl_coef", self.kl_coef)
+        if self.adaptive and not low <= beta <= high:
             raise ValueError(
-                f"`kl_coef` must lie within `kl_coef_bounds` {self.kl_coef_bounds}, got {self.kl_coef}. Change either."
+                f"`kl_coef` must lie within `kl_coef_bounds` {self.kl_coef_bounds}, got {self.kl_coef}. Change either, "
+                "or pass adaptive=False for a β that stays."
+            )
+        if beta > LARGEST_KL_COEF:
+            raise ValueError(
+                f"`kl_coef` must be at most {LARGEST_KL_COEF:.3g}, got {self.kl_coef}: beyond, the gradient of the "
+                "penalty overflows float32. Choose a smaller one."
             )
 
         if self.rollout_buffer_class is not None and self.rollout_buffer_class not in VIEWED_BUFFERS:
@@ -171,15 +194,16 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _cures(self) -> str:
         return f"a larger `kl_coef`, {super()._cures()}"
 
-    def _prepared(self, batch: Batch, problem: PolicyProblem) -> Batch:
+    def _prepared(self, batch: Batch, problem: PolicyProblem | RecomputedProblem) -> Batch:
+        assert isinstance(problem, PolicyProblem)  # see loss_needs_old_z
         return replace(batch, old_z=problem.old_z)
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         output = PolicyOutput.after_evaluation(self.policy, part)
         assert part.old_z is not None  # see _prepared
         divergence = output.family.kl(part.old_z, output.z).mean()
-        objective = importance_sampled_surrogate(ratio, advantages).mean() - self.kl_coef * divergence
-        return -objective, self.kl_coef * divergence.detach()
+        penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
+        return penalty - importance_sampled_surrogate(ratio, advantages).mean(), penalty.detach()
 
     def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {
@@ -188,14 +212,49 @@ class PPOPenalty(FirstOrderAlgorithm):
             **super()._described(evaluation),
         }
 
-    def _adapt(self, divergence: float) -> None:
-        if self.adaptive:
-            low, high = self.kl_coef_bounds
-            self.kl_coef = min(max(adapted_penalty(self.kl_coef, divergence, self._target()), low), high)
+    def _adapt(self, ascent: Ascent) -> None:
+        if self.kl_coef and math.isnan(ascent.evaluation.divergence):
+            raise PolicyDivergedError("the KL divergence that the update reached is not a number")
+        if not self.adaptive:
+            return
+        if ascent.reason:
+            self._search()
+            return
+        rolled_back = self.max_kl is not None and not ascent.reached <= self.max_kl
+        reached = math.inf if rolled_back else ascent.reached
+        self.kl_coef = bounded_penalty(adapted_penalty(self.kl_coef, reached, self._target()), *self._bounds())
+        self._search_factor = 2.0
+
+    def _after_rejection(self, rejection: UpdateRejectedError) -> None:
+        if self.adaptive and isinstance(rejection, PolicyDivergedError):
+            self._search()
+
+    def _search(self) -> None:
+        """Another β after an update of which nothing was kept."""
+        self.kl_coef, self._search_factor = searched_penalty(self.kl_coef, self._search_factor, *self._bounds())
+
+    def _bounds(self) -> tuple[float, float]:
+        """Smallest and largest β in force."""
+        low, high = self.kl_coef_bounds
+        return low, min(high, LARGEST_KL_COEF)
 
     def _target(self) -> float:
         """d_targ in force."""
         return check_number("target_kl", self._in_force(self.target_kl), positive=True)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return *super()._checkpoints(), Attributes(self, "kl_coef")
+        return *super()._checkpoints(), Attributes(self, "kl_coef", "_search_factor")
+
+
+def _checked_bounds(bounds: Any) -> tuple[float, float]:
+    """The smallest and the largest β, or `ValueError` if there can be none between them."""
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not SMALLEST_KL_COEF <= low <= min(high, LARGEST_KL_COEF):
+        raise ValueError(
+            f"`kl_coef_bounds` must be two numbers, 0 < smallest <= largest, got {bounds!r}: a β of 0 could never rise "
+            f"again. The smallest may be {SMALLEST_KL_COEF:.3g} to {LARGEST_KL_COEF:.3g}; (1e-3, 1e3) is usual."
+        )
+    return low, high

@@ -9,17 +9,15 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.trust_region import Acceptance, Restorable, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.sb3.algorithm import Attributes
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, resize
+from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
@@ -112,12 +110,13 @@ class TRPO(NaturalGradientAlgorithm):
             not the solver, limits a step; m averages it over about 1/(1-μ) rollouts. Where its full step leaves
             the trust region or does not improve the surrogate, m is forgotten and the plain direction is taken.
             Successive steps are alike, so that noise alone drifts (1+μ)/(1-μ) times as far in KL: lower ``target_kl``
-            with it. ``train/momentum`` logs the μ of the step taken.
+            with it. ``train/momentum`` logs the μ of the step taken. m belongs to an environment and a policy: it is
+            forgotten by ``set_env`` with another environment, ``set_parameters`` and ``load``.
         sample_reuse: M: the policy step sees the last M rollouts, with the exact ratios to the policies that made them
             (equation 10 with q = these) and advantages estimated again by V-trace (GeTRPO, Queeney et al. 2022,
             https://arxiv.org/abs/2206.13714). δ is divided by ((M+1)/2)², so that a sample is left as far in all as
-            without reuse. Fewer ``n_steps`` make use of it. The rollouts are not saved with the model, and their
-            observations keep the normalisation that they had.
+            without reuse. Fewer ``n_steps`` make use of it. The rollouts are forgotten as the m of ``momentum`` is, and
+            their observations keep the normalisation that they had.
         final_n_steps: Steps of each environment in the last rollout of ``learn``: rollouts grow (or shrink)
             geometrically from ``n_steps`` to it with the progress of training. Small rollouts make many steps while the
             gradient is large, large ones average its noise away when it is small (Byrd et al. 2012,
@@ -272,13 +271,8 @@ class TRPO(NaturalGradientAlgorithm):
                 "and 1, or a number."
             )
 
-    def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
-    ) -> bool:
-        """Collect a rollout of `rollout_steps` steps as SB3 does, and refuse one that is not finite."""
-        steps = self.rollout_steps()
-        resize(rollout_buffer, steps)
-        return super().collect_rollouts(env, callback, rollout_buffer, steps, *args)
+    def _steps_of_rollout(self, asked: int) -> int:
+        return self.rollout_steps()
 
     def rollout_steps(self) -> int:
         """Steps of each environment in the next rollout: ``n_steps``, or on the way to ``final_n_steps``."""
@@ -292,7 +286,16 @@ class TRPO(NaturalGradientAlgorithm):
         return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts"))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_past_rollouts"]
+        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory"]
+
+    def _forget(self) -> None:
+        """Drop momentum and past rollouts too.
+
+        The ratios to an earlier policy stay defined when the parameters are replaced, but `shared_radius` counts on
+        policies that are a few steps apart, and momentum on a gradient that has hardly turned.
+        """
+        super()._forget()
+        self.gradient_memory, self._past_rollouts = None, ()
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
@@ -335,7 +338,8 @@ class TRPO(NaturalGradientAlgorithm):
 
         def judged(evaluation: PolicyEvaluation) -> Trial:
             divergence = evaluation.kl_max if self.trust_region == "max" else evaluation.divergence
-            return Trial(evaluation, evaluation.objective - penalty * evaluation.kl_max, divergence)
+            cost = penalty * evaluation.kl_max if penalty else 0.0  # kl_max may be infinite
+            return Trial(evaluation, evaluation.objective - cost, divergence)
 
         def trial_at(fraction: float) -> Trial:
             direction.go_to(fraction * step_size)

@@ -62,6 +62,7 @@ def state(model: Any) -> list[Any]:
             yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
     everything = {"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}
+    everything["gradients"] = [param.grad for param in model.policy.parameters()]
     return list(flat(everything | {"beta": getattr(model, "kl_coef", None)}))
 
 
@@ -100,6 +101,8 @@ def train(model: Any, interrupt_at: int = -1, *, files: str = PACKAGE) -> int:
 def restore(model: Any, saved: dict[str, Any]) -> None:
     model.policy.load_state_dict(saved["policy"])
     model.policy.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it may keep the tensors it is given
+    for param, grad in zip(model.policy.parameters(), saved["gradients"], strict=True):
+        param.grad = None if grad is None else grad.clone()
     np.random.seed(0)
     if isinstance(model, PPOPenalty):
         model.kl_coef = saved["beta"]
@@ -114,6 +117,7 @@ def saved_state(model: Any) -> dict[str, Any]:
     """A copy to `restore`, which is restored right away, as loading an optimiser state may reorder it."""
     saved = copy.deepcopy({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()})
     saved["beta"] = getattr(model, "kl_coef", None)
+    saved["gradients"] = [None if param.grad is None else param.grad.clone() for param in model.policy.parameters()]
     restore(model, saved)
     return saved
 

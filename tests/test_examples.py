@@ -33,6 +33,11 @@ def test_an_environment_of_ones_own_is_learnt() -> None:
     assert before < -20 < -8 < after
 
 
+def test_a_distribution_of_ones_own_is_learnt() -> None:
+    printed = run("-W", "error", str(EXAMPLES / "beta_policy.py"), "--timesteps", "80000")
+    assert float(printed.split("mean return")[1].split("±")[0]) > -700  # a random policy: -1200
+
+
 def test_callbacks_see_evaluations_checkpoints_and_updates(tmp_path: Path) -> None:
     printed = run(str(EXAMPLES / "callbacks.py"), "--timesteps", "10240", "--output", str(tmp_path))
     assert "Best evaluation: mean return" in printed
@@ -57,7 +62,7 @@ def test_the_zoo_trains_enjoys_records_and_plots(tmp_path: Path) -> None:
 
 
 def test_short_examples_are_short() -> None:
-    for name in ("zoo_cartpole.sh", "custom_env.py", "callbacks.py", "from_sb3_contrib.py"):
+    for name in ("zoo_cartpole.sh", "custom_env.py", "callbacks.py", "from_sb3_contrib.py", "beta_policy.py"):
         assert len((EXAMPLES / name).read_text().splitlines()) <= 60
 
 

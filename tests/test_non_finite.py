@@ -6,8 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv, policy_name
+from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv, make, policy_name, with_rollout
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
 
@@ -89,3 +91,90 @@ def test_gigantic_rewards_never_reach_the_parameters_as_nan(arm: str, reward: fl
     except ValueError as error:
         assert "not finite" in str(error)
     assert all(param.isfinite().all() for param in model.policy.parameters())
+
+
+class Masked(BaseFeaturesExtractor):
+    """A causal self-attention over the entries of a vector: its mask holds -inf, and an unused mark holds NaN."""
+
+    def __init__(self, observation_space: Any, kind: str = "buffer") -> None:
+        super().__init__(observation_space, 5)
+        self.inputs, self.attention = nn.Linear(1, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.outputs = nn.Linear(4, 1)
+        mask, mark = torch.full((5, 5), -torch.inf).triu(1), torch.tensor([torch.nan, 1.0])
+        if kind == "buffer":
+            self.register_buffer("mask", mask)
+            self.register_buffer("mark", mark)
+        else:
+            self.mask, self.mark = nn.Parameter(mask, kind == "trainable"), nn.Parameter(mark, kind == "trainable")
+
+    def forward(self, observations: Tensor) -> Tensor:
+        entries = self.inputs(observations.unsqueeze(-1))
+        attended, _ = self.attention(entries, entries, entries, attn_mask=self.mask.detach(), need_weights=False)
+        return self.outputs(attended).squeeze(-1)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("kind", ["buffer", "frozen", "trainable"])
+def test_what_is_not_finite_and_stays_as_it_is_does_no_harm(arm: str, kind: str) -> None:
+    algorithm, options = ARMS[arm]
+    extractor = {"features_extractor_class": Masked, "features_extractor_kwargs": {"kind": kind}}
+    options = {**options, "policy_kwargs": {**options.get("policy_kwargs", {}), **extractor}}
+    model = make(algorithm, "multidiscrete" if algorithm is MaskableTRPO else "box", **options)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(64)
+    assert model._reported_rejections == [] and "train/value_loss" in model.logger.name_to_value
+    after = model.policy.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if "attention" in name)
+    for name in (name for name in before if name.endswith(("mask", "mark"))):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def broken(tensor: Tensor, value: float, place: int = 0) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[place] = value
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["log_std", "mark", "running_mean"])
+def test_what_an_update_breaks_is_undone(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one entry beside another that never was finite, and a statistic that the update moves."""
+    model = make(TRPO, "box", policy_kwargs={"features_extractor_class": Masked})
+    model.policy.mark = nn.Parameter(torch.tensor([torch.nan, 1.0]))
+    model.policy.register_buffer("running_mean", torch.zeros(2))
+    with_rollout(model)
+    before = {key: tensor.clone() for key, tensor in model.policy.state_dict().items()}
+    update = TRPO._update
+
+    def breaking(self: Any) -> dict[str, float]:
+        record = update(self)
+        broken(getattr(self.policy, name), value, place=1)
+        return record
+
+    monkeypatch.setattr(TRPO, "_update", breaking)
+    model.train()
+    assert model._reported_rejections == ["a parameter became non-finite"]
+    for key, tensor in model.policy.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+class Ignores(BaseFeaturesExtractor):
+    """Takes what is not finite for zero, and says that it was missing."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 10)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        known = observations.isfinite()
+        return torch.cat([torch.where(known, observations, 0.0), known.float()], dim=1)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_observation_that_the_policy_has_a_use_for_is_served(arm: str, value: float) -> None:
+    algorithm, options = ARMS[arm]
+    action = ACTION_SPACES["multidiscrete" if algorithm is MaskableTRPO else "box"]
+    env = Faulty(RandomEnv(OBSERVATION_SPACES["vector"], action, episode_length=50), "observation", value)
+    policy = {**options.get("policy_kwargs", {}), "features_extractor_class": Ignores}
+    options = {**SMALL, **options, "policy_kwargs": policy}
+    model = algorithm(policy_name(algorithm, "vector"), env, **options).learn(64)
+    assert env.steps == 64 and model._n_updates > 0 and model._reported_rejections == []

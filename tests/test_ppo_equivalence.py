@@ -1,6 +1,8 @@
 import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, NoisyExtractor, RandomEnv, make, with_rollout
@@ -9,6 +11,13 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.distributions import kl_divergence
 
 from sb3_trpo_ext import PPOClip
+from sb3_trpo_ext.sb3 import first_order
+from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import whole_rollout
+
+
+def batch_of(model: Any) -> Batch:
+    return whole_rollout(model.rollout_buffer, model.action_space)
 
 
 def trained(algorithm: Any, action: str, observation: str, options: dict[str, Any]) -> Any:
@@ -91,3 +100,47 @@ def test_the_exact_kl_stays_in_the_ball(max_kl: float) -> None:
         exact = kl_divergence(old, model.policy.get_distribution(states).distribution).sum(dim=1).mean()
     assert model.logger.name_to_value["train/kl_divergence_loss"] == pytest.approx(float(exact), rel=1e-3, abs=1e-7)
     assert exact <= max_kl * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("observation", ["vector", "dict"])
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_the_exact_kl_is_the_same_whether_coordinates_or_parameters_of_the_old_policy_are_kept(
+    action: str, observation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together with everything else, in an epoch that is rolled back, too."""
+    for options in ({}, {"max_kl": 1e9}, {"max_kl": 1e-9}, {"policy_kwargs": {"net_arch": [300, 300]}}):
+        logs, ends = [], []
+        for largest in (first_order.OLD_Z_BYTES, 0):
+            monkeypatch.setattr(first_order, "OLD_Z_BYTES", largest)
+            model = with_rollout(make(PPOClip, action, observation, batch_size=8, n_epochs=2, **options))
+            assert isinstance(model._problem(batch_of(model)), first_order.PolicyProblem) == bool(largest)
+            monkeypatch.setattr(first_order, "KL_CHUNK_SIZE", 32 if largest else 8)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            model.train()
+            logs.append({k: v for k, v in model.logger.name_to_value.items() if "time/" not in k})
+            ends.append([param.detach().clone() for param in model.policy.state_dict().values()])
+            assert not model._reported_rejections or options == {"max_kl": 1e-9}
+        assert logs[0] == pytest.approx(logs[1], rel=1e-3, abs=1e-6, nan_ok=True)
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        monkeypatch.undo()
+
+
+def test_a_policy_that_is_not_finite_has_no_finite_kl_by_either_way() -> None:
+    model = with_rollout(make(PPOClip, "box", batch_size=8))
+    problem = first_order.RecomputedProblem(model.policy, batch_of(model), 8)
+    assert problem.evaluate().divergence == problem.evaluate().kl_max == 0
+    model.policy.log_std.data[:] = math.inf
+    found = problem.evaluate()
+    assert not math.isfinite(found.divergence)
+    assert not math.isfinite(found.kl_max)
+
+
+def test_chunks_follow_what_a_sample_costs() -> None:
+    sizes = []
+    for width in (8, 4096):
+        options: dict[str, Any] = {"batch_size": 8, "policy_kwargs": {"net_arch": [width]}}
+        model = with_rollout(make(PPOClip, n_steps=256, **options))
+        sizes.append(model._problem(batch_of(model))._chunk_size)
+    assert sizes[0] == first_order.KL_CHUNK_SIZE
+    assert 8 <= sizes[1] < 256

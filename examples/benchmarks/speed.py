@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ class Case:
     """What to time.
 
     Attributes:
-        env: Gymnasium id, "random images" or "random vectors".
+        env: Gymnasium id, or a name in `ENVIRONMENTS`.
         n_envs: Environments.
-        algorithm: Ours; the peer is the one of SB3 or sb3-contrib.
+        algorithm: Ours; the peer is the one of SB3 or sb3-contrib in `PEERS`.
         normalize: Wrap in VecNormalize.
         iterations: Timed iterations of a measurement.
         settings: Arguments beyond the defaults, of both.
@@ -67,12 +68,22 @@ class Case:
         if self.normalize:
             parts.append("VecNormalize")
         if self.algorithm != "TRPO":
-            parts.insert(0, f"{self.algorithm} vs PPO")
+            parts.insert(0, f"{self.algorithm} vs {PEERS[self.algorithm].split('.')[1]}")
         return ", ".join(parts)
 
 
+PEERS = {
+    "TRPO": "sb3_contrib.TRPO",
+    "PPOClip": "stable_baselines3.PPO",
+    "MaskableTRPO": "sb3_contrib.MaskablePPO",
+    "RecurrentTRPO": "sb3_contrib.RecurrentPPO",
+}
+
+LSTM = {"n_steps": 128, "policy_kwargs": {"lstm_hidden_size": 64}}
+
 CASES = [
     Case("CartPole-v1", 8),
+    Case("CartPole-v1", 8, iterations=10, settings={"n_steps": 256}, label="CartPole-v1, 8 envs of 256 steps"),
     Case("Pendulum-v1", 1),
     Case("Hopper-v5", 1),
     Case("Hopper-v5", 8, iterations=3),
@@ -82,6 +93,9 @@ CASES = [
     Case("random images", 8, iterations=1, settings={"n_steps": 1024}),
     Case("Hopper-v5", 1, algorithm="PPOClip"),
     Case("CartPole-v1", 8, algorithm="PPOClip"),
+    Case("CartPole-v1 as a Dict", 8),
+    Case("CartPole-v1 with masks", 8, algorithm="MaskableTRPO"),
+    Case("Pendulum-v1", 8, algorithm="RecurrentTRPO", iterations=3, settings=LSTM),
 ]
 
 
@@ -121,10 +135,47 @@ class RandomEnv(gym.Env[Any, Any]):
         return self._observations[self._steps % 16], float(np.sum(action)), self._steps % 256 == 0, False, {}
 
 
-RANDOM_SPACES: dict[str, tuple[gym.spaces.Box, gym.Space[Any]]] = {
-    "random images": (gym.spaces.Box(0, 255, (84, 84, 4), np.uint8), gym.spaces.Discrete(6)),
-    "random vectors": (gym.spaces.Box(-1, 1, (11,)), gym.spaces.Box(-1, 1, (3,))),
+class AsDict(gym.ObservationWrapper[Any, Any, Any]):
+    """Shows a vector as a Dict of two."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        assert isinstance(space, gym.spaces.Box)
+        self._half = space.shape[0] // 2
+        low, high = space.low, space.high
+        self.observation_space = gym.spaces.Dict(
+            {
+                "first": gym.spaces.Box(low[: self._half], high[: self._half]),
+                "second": gym.spaces.Box(low[self._half :], high[self._half :]),
+            }
+        )
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        """The two halves."""
+        return {"first": observation[: self._half], "second": observation[self._half :]}
+
+
+class Masked(gym.Wrapper[Any, Any, Any, Any]):
+    """Allows every action, and says so."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        assert isinstance(env.action_space, gym.spaces.Discrete)
+        self._all = np.ones(env.action_space.n, dtype=bool)
+
+    def action_masks(self) -> Any:
+        """One for each action."""
+        return self._all
+
+
+ENVIRONMENTS: dict[str, Callable[[], gym.Env[Any, Any]]] = {
+    "random images": lambda: RandomEnv(gym.spaces.Box(0, 255, (84, 84, 4), np.uint8), gym.spaces.Discrete(6)),
+    "random vectors": lambda: RandomEnv(gym.spaces.Box(-1, 1, (11,)), gym.spaces.Box(-1, 1, (3,))),
+    "CartPole-v1 as a Dict": lambda: AsDict(gym.make("CartPole-v1")),
+    "CartPole-v1 with masks": lambda: Masked(gym.make("CartPole-v1")),
 }
+POLICIES = {"random images": "CnnPolicy", "CartPole-v1 as a Dict": "MultiInputPolicy"}
 
 
 def make_env(case: Case) -> Any:
@@ -132,8 +183,7 @@ def make_env(case: Case) -> Any:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    spaces = RANDOM_SPACES.get(case.env)
-    env = make_vec_env(case.env if spaces is None else lambda: RandomEnv(*spaces), n_envs=case.n_envs, seed=0)
+    env = make_vec_env(ENVIRONMENTS.get(case.env, case.env), n_envs=case.n_envs, seed=0)
     return VecNormalize(env) if case.normalize else env
 
 
@@ -216,17 +266,13 @@ def reset_peak_memory() -> float:
 
 def measure(case: Case, arm: str, device: str) -> dict[str, float]:
     """One measurement, in this process: seconds an iteration, steps a second of the bare environment, peak memory."""
-    import sb3_contrib
-    import stable_baselines3
     import torch
 
-    import sb3_trpo_ext
-
     torch.set_num_threads(1)
-    peer = sb3_contrib.TRPO if case.algorithm == "TRPO" else stable_baselines3.PPO
-    algorithm = getattr(sb3_trpo_ext, case.algorithm) if arm == "ours" else peer
+    package, name = ("sb3_trpo_ext", case.algorithm) if arm == "ours" else PEERS[case.algorithm].split(".")
+    algorithm = getattr(import_module(package), name)
     env = make_env(case)
-    policy = "CnnPolicy" if case.env == "random images" else "MlpPolicy"
+    policy = "MlpLstmPolicy" if case.algorithm == "RecurrentTRPO" else POLICIES.get(case.env, "MlpPolicy")
     model = algorithm(policy, env, seed=0, device=device, **case.settings)
     steps = model.n_steps * case.n_envs
     clock = PhaseClock(model)

@@ -54,3 +54,26 @@ def adapted_penalty(penalty: float, divergence: float, target: float) -> float:
     if divergence > target * 1.5:
         return penalty * 2.0
     return penalty
+
+
+def searched_penalty(penalty: float, factor: float, smallest: float, largest: float) -> tuple[float, float]:
+    """The next β of a KL penalty, and in which direction to go on, where an update had to be undone.
+
+    β is multiplied by the factor, and where that leads no further, by its inverse: repeated, it comes past every β
+    between the bounds, up to the factor, so that no range of β in which updates succeed is missed for ever.
+
+    Args:
+        penalty: β.
+        factor: 2 to go up, 1/2 to go down.
+        smallest: Of β, > 0.
+        largest: Of β.
+    """
+    moved = bounded_penalty(penalty * factor, smallest, largest)
+    if moved != penalty:
+        return moved, factor
+    return bounded_penalty(penalty / factor, smallest, largest), 1.0 / factor
+
+
+def bounded_penalty(penalty: float, smallest: float, largest: float) -> float:
+    """β within its bounds; the smallest where it is not a number."""
+    return min(penalty, largest) if penalty >= smallest else smallest

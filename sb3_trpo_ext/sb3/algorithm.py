@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -26,25 +26,39 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
+from sb3_trpo_ext.sb3.batch import consistent_evaluation
+from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
     check_finite,
+    check_integer,
     check_observation,
     check_policy,
     check_rollout,
     check_schedule,
+    check_spaces,
     check_trainable,
 )
 from sb3_trpo_ext.sb3.distributions import family_of
-from sb3_trpo_ext.sb3.parameters import OptimizerCheckpoint, policy_checkpoint
+from sb3_trpo_ext.sb3.forward import NotCoveredError
+from sb3_trpo_ext.sb3.parameters import (
+    GradientCheckpoint,
+    OptimizerCheckpoint,
+    PolicyCheckpoint,
+    gradient,
+    trainable,
+)
 from sb3_trpo_ext.sb3.rollout import fast_rollout
 from sb3_trpo_ext.sb3.signal import CURES
-from sb3_trpo_ext.sb3.snapshot import NotCoveredError
 from sb3_trpo_ext.sb3.stepping import cheap_copies
+from sb3_trpo_ext.sb3.watchers import looks
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """The action spaces of SB3's PPO."""
 
 REJECTIONS_BEFORE_WARNING = 10
+
+PROBED = 256
+"""Most samples in one forward pass where observations that are not finite are looked at."""
 
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
@@ -99,16 +113,56 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         """Check the arguments, then build; `load` comes through here too."""
         self._check_arguments()
+        self._checked_size = self._rollout_size()
         with torch.inference_mode(False):  # whose tensors could not be trained
             super()._setup_model()
-        action_distribution = getattr(self.policy, "action_dist", None)
-        if action_distribution is not None:
-            family_of(action_distribution)
+        distribution = getattr(self.policy, "action_dist", None)
+        if self.verbose >= 1 and distribution is not None and family_of(distribution) is None:
+            print(
+                f"No KL divergence is registered for {type(distribution).__name__}: it is estimated from the actions "
+                "that were taken (see sb3_trpo_ext.register_family)."
+            )
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
+        check_spaces(self.observation_space, self.action_space)
+        check_integer("n_steps", self.n_steps)
         check_schedule("learning_rate", self.learning_rate)
         check_finite("ent_coef", self.ent_coef)
+
+    def _rollout_size(self) -> tuple[Any, ...]:
+        """What the checks of arguments know of a rollout's size, and a user may change between two rollouts."""
+        return self.n_steps, self.n_envs, getattr(self, "batch_size", None)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Train in another environment: what was remembered of the last one is dropped; arguments as in SB3.
+
+        Statistics of the optimiser stay, as in SB3, and so does what adapts by itself.
+        """
+        before = self.env
+        super().set_env(env, force_reset)
+        if self.env is not before:
+            self._forget()
+            if hasattr(self, "rollout_buffer"):  # not before `_setup_model`
+                self.rollout_buffer.reset()
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """Take over parameters: what was remembered of the last policy is dropped; arguments as in SB3."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is remembered from update to update and belongs to another environment or another policy.
+
+        `load` comes through here too, by way of `set_parameters`.
+        """
+        self._rejections_in_a_row = 0
+        self._reported_rejections = []
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
@@ -130,6 +184,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     ) -> bool:
         """Collect a rollout as SB3 does, and refuse one that is not finite.
 
+        ``n_steps`` may have changed since the last one: the buffer follows, and the arguments are checked again.
+
         Args:
             env: The environments.
             callback: Called at every step.
@@ -140,10 +196,16 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         Raises:
             ValueError: If an observation, action, reward, value, log-probability, advantage or return is NaN or
                 infinite; the message names which, the environment and the step. The policy is unchanged and the
-                next ``learn`` resets the environments. If a parameter or σ of the policy is not finite, or σ is zero,
-                the message names that instead.
+                next ``learn`` resets the environments. An observation of which the policy makes finite values and
+                gradients passes. If a parameter or σ of the policy is not finite, or σ is zero, the message names
+                that instead. Also if ``n_steps`` or ``batch_size`` has become impossible.
         """
         start = time.perf_counter()
+        if self._rollout_size() != self._checked_size:
+            self._check_arguments()
+            self._checked_size = self._rollout_size()
+        n_rollout_steps = self._steps_of_rollout(n_rollout_steps)
+        resize(rollout_buffer, n_rollout_steps, env.num_envs)
         try:
             try:
                 completed = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
@@ -157,7 +219,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 raise
             if completed:
                 try:
-                    check_rollout(rollout_buffer, self._last_obs)
+                    check_rollout(rollout_buffer, self._last_obs, lambda: self._learns_from(rollout_buffer))
                 except ValueError:
                     check_policy(self.policy)  # which may be what made all the rest not finite
                     raise
@@ -167,6 +229,24 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         self.logger.record("time/rollout_s", time.perf_counter() - start)
         return completed
 
+    def _steps_of_rollout(self, asked: int) -> int:
+        """Steps of each environment in the next rollout, of which SB3's ``learn`` asks for ``n_steps``."""
+        return asked
+
+    def _learns_from(self, buffer: RolloutBuffer) -> bool:
+        """Whether the policy has finite gradients at the observations that are not finite themselves."""
+        with torch.inference_mode(False), torch.enable_grad(), consistent_evaluation(self.policy):
+            batch = whole_rollout(buffer, self.action_space)
+            for part in batch[batch.not_finite].split(PROBED):
+                try:
+                    values, log_prob, _ = part.evaluate_actions(self.policy)
+                except ValueError:  # torch refuses a distribution's parameters
+                    return False
+                slopes = gradient([values.sum() + log_prob.sum()], trainable(self.policy))
+                if not all(bool(slope.isfinite().all()) for slope in slopes.values()):
+                    return False
+        return True
+
     def _collect(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
     ) -> bool:
@@ -174,13 +254,13 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         fast, path = None, "stable_baselines3: fast_rollouts=False"
         if self.fast_rollouts:
             try:
-                fast, path = fast_rollout(self, env, rollout_buffer, n_rollout_steps), "fast"
+                fast, path = fast_rollout(self, env, rollout_buffer, n_rollout_steps, *args), "fast"
             except NotCoveredError as reason:
                 path = f"stable_baselines3: {reason}"
         if path != self.rollout_path and self.verbose >= 1:
             print(f"Rollouts: {path}")
         self.rollout_path = path
-        with cheap_copies(env) if self.fast_rollouts else nullcontext():
+        with cheap_copies(env) if self.fast_rollouts and not looks(callback) else nullcontext():
             if fast is not None:
                 return fast.collect(callback)
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, *args)
@@ -227,12 +307,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         ``torch.inference_mode`` too.
 
         Raises:
-            RuntimeError: If the policy was made within ``torch.inference_mode``: such parameters have no gradients.
+            RuntimeError: If the buffer is not full, or the policy was made within ``torch.inference_mode``: such
+                parameters have no gradients.
         """
         with torch.inference_mode(False), torch.enable_grad():
             self._train()
 
     def _train(self) -> None:
+        check_full(self.rollout_buffer)
         check_trainable(self.policy)
         record: dict[str, float] = {}
         try:
@@ -241,32 +323,37 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             with Atomic(*states), Atomic(*states):
                 self._update_learning_rate(self.policy.optimizer)
                 outcome = self._update()
-                self._check_outcome(outcome)
+                self._check_outcome(outcome, states)
                 record = outcome  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
             self._report_rejection(str(rejection))
+            self._after_rejection(rejection)
         self._log(record)
 
-    def _check_outcome(self, record: dict[str, float]) -> None:
-        """Raise `UpdateRejectedError` if a finished update must be undone."""
+    def _after_rejection(self, rejection: UpdateRejectedError) -> None:
+        """Prepare the next update after one that was undone."""
+
+    def _check_outcome(self, record: dict[str, float], before: Sequence[Restorable]) -> None:
+        """Raise `UpdateRejectedError` if a finished update must be undone, knowing what was ``before`` it."""
         for loss in ("value_loss", "loss"):
             if not math.isfinite(record.get(f"train/{loss}", 0.0)):
                 raise UpdateRejectedError(f"the {loss.replace('_', ' ')} is not finite")
-        if not all(bool(param.isfinite().all()) for param in self.policy.parameters()):
+        if any(state.found_broken() for state in before if isinstance(state, PolicyCheckpoint)):
             raise UpdateRejectedError("a parameter became non-finite")
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""
         return (
-            policy_checkpoint(self.policy),
+            PolicyCheckpoint(self.policy),
             OptimizerCheckpoint(self.policy.optimizer),
+            GradientCheckpoint(self.policy),
             Attributes(self, "_n_updates"),
         )
 
     def _log(self, record: dict[str, float]) -> None:
         buffer = self.rollout_buffer
         # In the order of SB3, one environment after the other, for the same rounding.
-        values, returns = (x.flatten() if x.shape[1] == 1 else x.T.flatten() for x in (buffer.values, buffer.returns))
+        values, returns = (by_time(buffer, array).T.flatten() for array in (buffer.values, buffer.returns))
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +75,13 @@ class Batch:
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
+    def not_finite(self) -> Tensor:
+        """The samples with an observation that is NaN or infinite somewhere."""
+        tensors = self.observations.values() if isinstance(self.observations, dict) else [self.observations]
+        odd = torch.stack([~tensor.isfinite().flatten(start_dim=1).all(dim=1).cpu() for tensor in tensors])
+        return torch.nonzero(odd.any(dim=0)).flatten()
+
+    @property
     def inputs(self) -> PyTorchObs:
         """The observations on the device of the weights, the policy's; what is large moves there part by part."""
         device = self.weights.device
@@ -81,11 +89,15 @@ class Batch:
             return {key: value.to(device) for key, value in self.observations.items()}
         return self.observations.to(device)
 
-    def split(self, size: int | None) -> list[Batch]:
+    def split(self, size: int | None) -> Sequence[Batch]:
         """Parts of at most ``size`` samples in order; the whole batch if None."""
         if size is None or size >= len(self):
             return [self]
         return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def in_order(self, rows: Sequence[Tensor], size: int | None = None) -> Tensor:
+        """Rows of the parts of ``split(size)`` -> rows of the batch, ``(N, ...)``."""
+        return torch.cat(list(rows))
 
     def subset(self, size: int) -> Batch:
         """At most ``size`` samples, drawn without replacement by numpy's global generator, reweighted to a mean.
@@ -139,6 +151,58 @@ class Batch:
         return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
 
 
+class SharedSwitch:
+    """A switch of the whole process that is off its usual state as long as anyone needs it.
+
+    Torch keeps these flags for the process, not for a thread. Trainings in several threads that each saved and restored
+    them would restore one another's. So the first that enters saves and switches, the last that leaves restores, and
+    nobody else touches them.
+
+    Args:
+        switched: Makes the context in which the flags are switched.
+    """
+
+    def __init__(self, switched: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._switched = switched
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        """Switch, unless it is switched already."""
+        with self._lock:
+            self._users += 1
+            try:
+                if self._users == 1:
+                    self._undo.enter_context(self._switched())
+            except BaseException:  # an interrupt too: whoever did not get in does not leave either
+                self._users -= 1
+                raise
+
+    def __exit__(self, *exception: object) -> None:
+        """Switch back, unless someone else still needs it."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._undo.close()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+PLAIN_ATTENTION = SharedSwitch(_plain_attention)
+PLAIN_RECURRENCE = SharedSwitch(lambda: torch.backends.cudnn.flags(enabled=False))
+UNCOMPILED = SharedSwitch(lambda: torch.compiler.set_stance("force_eager"))
+
+
 @contextmanager
 def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     """Evaluate the policy in one mode, and with operations that can be differentiated twice.
@@ -146,17 +210,15 @@ def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     Evaluation mode, the mode in which actions were sampled: dropout is off and batch norm uses, and does not move,
     its running statistics, so that the KL divergence at θ_old is exactly zero. Fused kernels of attention and of
     recurrent layers (cuDNN's) have no double backward and are replaced by the plain ones; modules compiled
-    by ``torch.compile`` run uncompiled for the same reason.
+    by ``torch.compile`` run uncompiled for the same reason. Those are switches of the process, which several threads
+    may hold at once; when the last has finished, they are as they were.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(PLAIN_ATTENTION)
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(UNCOMPILED)
         if any(isinstance(module, nn.RNNBase) for module in policy.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(PLAIN_RECURRENCE)
         policy.set_training_mode(False)
         yield
 

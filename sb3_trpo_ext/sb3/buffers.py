@@ -30,11 +30,15 @@ MOVED_AT_ONCE = 256 * 2**20
 
 
 def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
-    """All samples of a full rollout buffer, those of a recurrent one as sequences.
+    """All samples of a full rollout buffer, ordered by time, those of a recurrent one as sequences.
 
-    The arrays of SB3's own buffers are viewed as they are, so that a rollout of images is not in memory twice; another
-    class of buffer is asked by its ``get``.
+    The arrays of SB3's own buffers are viewed as they are, so that a rollout of images is not in memory twice, unless a
+    callback has called ``get``, which reorders them. Another class of buffer is asked by its ``get``.
+
+    Raises:
+        RuntimeError: If the buffer is not full.
     """
+    check_full(buffer)
     if isinstance(buffer, RECURRENT_BUFFERS):
         return _sequences(buffer, action_space)
     if type(buffer) in VIEWED_BUFFERS:
@@ -44,14 +48,56 @@ def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
     return _of_samples(data, buffer, action_space)
 
 
-def resize(buffer: RolloutBuffer, n_steps: int) -> None:
-    """Give a rollout buffer room for another number of steps of each environment; it is empty afterwards."""
-    if buffer.buffer_size == n_steps:
+def resize(buffer: RolloutBuffer, n_steps: int, n_envs: int) -> None:
+    """Give a rollout buffer room for so many steps of so many environments; if it had other room, it is empty then.
+
+    Raises:
+        ValueError: If it is of a class that keeps its arrays as they were.
+    """
+    if (buffer.buffer_size, buffer.n_envs) == (n_steps, n_envs):
         return
-    buffer.buffer_size = n_steps
+    before = buffer.buffer_size, buffer.n_envs
+    buffer.buffer_size, buffer.n_envs = n_steps, n_envs
     if isinstance(buffer, RECURRENT_BUFFERS):
-        buffer.hidden_state_shape = (n_steps, *buffer.hidden_state_shape[1:])
+        _, layers, _, width = buffer.hidden_state_shape
+        buffer.hidden_state_shape = (n_steps, layers, n_envs, width)
     buffer.reset()
+    if np.shape(buffer.rewards)[:2] != (n_steps, n_envs):
+        found = np.shape(buffer.rewards)
+        buffer.buffer_size, buffer.n_envs = before
+        raise ValueError(
+            f"The rollout buffer {type(buffer).__name__} was made for {before[0]} steps of {before[1]} environments, "
+            f"and does not follow `n_steps`, now {n_steps}, or the number of environments, now {n_envs}: after its "
+            f"`reset`, `rewards` has the shape {found}. Let its `reset` make arrays of `self.buffer_size` and "
+            "`self.n_envs`, or make a new model."
+        )
+
+
+def check_full(buffer: RolloutBuffer) -> None:
+    """Raise `RuntimeError` unless a rollout fills the buffer: rows that were never written must not be learnt from."""
+    if not buffer.full:
+        raise RuntimeError(
+            f"The rollout buffer holds {buffer.pos} of {buffer.buffer_size} steps: an update needs a full one "
+            "(`rollout_buffer.full` is False). Collect a whole rollout first, as `learn` does; one that a callback "
+            "stopped is not whole."
+        )
+
+
+def by_time(buffer: RolloutBuffer, array: NDArray[Any]) -> NDArray[Any]:
+    """An array of a buffer of SB3 with the axes ``(T, E, ...)``, also after ``get`` has put it in another order.
+
+    SB3 flattens an array at the first ``get`` to ``(E · T, ...)``, one environment after the other, and some arrays of
+    a buffer (rewards) not at all. Which of the two it is, its own shape says.
+
+    Args:
+        buffer: The buffer.
+        array: One of its arrays.
+    """
+    steps, envs = buffer.buffer_size, buffer.n_envs
+    if array.shape[:2] == (steps, envs) or len(array) != steps * envs:
+        return array
+    rows = array.reshape(envs, steps, *array.shape[1:]).swapaxes(0, 1)
+    return rows[:, :, 0] if rows.shape[2:] == (1,) and array.ndim == 2 else rows
 
 
 def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: spaces.Space) -> Iterator[Batch]:
@@ -104,7 +150,7 @@ def _viewed(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
     size = buffer.buffer_size * buffer.n_envs
 
     def rows(array: NDArray[Any], *shape: int) -> Tensor:
-        view = torch.from_numpy(array.reshape(size, *shape))
+        view = torch.from_numpy(by_time(buffer, array).reshape(size, *shape))
         return view.to(buffer.device) if array.nbytes <= MOVED_AT_ONCE else view
 
     observations, shapes = buffer.observations, buffer.obs_shape
@@ -126,24 +172,21 @@ def _sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, acti
     """One environment after the other, each cut where its episodes begin."""
     order = torch.from_numpy(_env_major(buffer))
     lstm = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
-    if not buffer.generator_ready:  # (T, layers, E, H)
-        lstm = tuple(state.swapaxes(1, 2) for state in lstm)
+    # (T, layers, E, H), until ``get`` makes of it what it makes of every array.
+    timed = (state.swapaxes(1, 2) if state.ndim == 4 else by_time(buffer, state) for state in lstm)
     states = tuple(
-        torch.from_numpy(state.reshape(len(order), *state.shape[-2:]))[order].to(buffer.device) for state in lstm
+        torch.from_numpy(state.reshape(len(order), *state.shape[-2:]))[order].to(buffer.device) for state in timed
     )
-    resets = torch.from_numpy(buffer.episode_starts.reshape(-1))[order].to(buffer.device)
+    resets = torch.from_numpy(by_time(buffer, buffer.episode_starts).reshape(-1))[order].to(buffer.device)
     first_steps = torch.arange(len(order), device=buffer.device) % buffer.buffer_size == 0
     fields = _viewed(buffer, action_space).fields_at(order)
     return SequenceBatch(*fields, starts=(resets > 0) | first_steps, resets=resets, states=states)
 
 
 def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:
-    """Where SB3's order of samples, one environment after the other, finds them in a viewed buffer.
-
-    SB3 reorders a buffer at the first call of its ``get``; before, it is ordered by time.
-    """
+    """Where SB3's order of samples, one environment after the other, finds them in a batch that is ordered by time."""
     index = np.arange(buffer.buffer_size * buffer.n_envs)
-    return index if buffer.generator_ready else index.reshape(buffer.buffer_size, buffer.n_envs).T.reshape(-1)
+    return index.reshape(buffer.buffer_size, buffer.n_envs).T.reshape(-1)
 
 
 def policy_actions(actions: Tensor, action_space: spaces.Space) -> Tensor:

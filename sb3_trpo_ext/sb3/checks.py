@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
+
+from sb3_trpo_ext.sb3.buffers import by_time
 
 
 def check_integer(name: str, value: Any, least: int = 1, *, hint: str = "") -> None:
@@ -104,8 +107,8 @@ def check_rollout_size(n_steps: int, n_envs: int, *, normalize_advantage: bool) 
     """One sample has no standard deviation: refuse it the way SB3's PPO does, with an `AssertionError`."""
     if normalize_advantage and n_steps * n_envs <= 1:
         raise AssertionError(
-            f"`n_steps * n_envs` must be greater than 1 to normalise advantages, got n_steps={n_steps} and "
-            f"n_envs={n_envs}. Raise n_steps or pass normalize_advantage=False."
+            f"`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently n_steps={n_steps} "
+            f"and n_envs={n_envs}: raise n_steps or pass normalize_advantage=False."
         )
 
 
@@ -114,9 +117,10 @@ def check_minibatches(n_steps: int, n_envs: int, batch_size: int) -> None:
     size = n_steps * n_envs
     if size % batch_size:
         warnings.warn(
-            f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
-            f"{n_steps} * {n_envs} = {size} samples, so the last mini-batch of each epoch has {size % batch_size}. "
-            "Choose a `batch_size` that divides n_steps * n_envs.",
+            f"You have specified a mini-batch size of {batch_size}, but the rollout has `n_steps * n_envs = {size}` "
+            f"samples: after every {size // batch_size} untruncated mini-batches, there will be a truncated mini-batch "
+            f"of size {size % batch_size}. Choose a `batch_size` that is a factor of `n_steps * n_envs` "
+            f"(n_steps={n_steps} and n_envs={n_envs}).",
             UserWarning,
             stacklevel=4,
         )
@@ -182,25 +186,34 @@ def check_observation(observation: Any, *, step: int) -> None:
         _raise_unless_finite(name, np.asarray(array)[None], first_step=step)
 
 
-def check_rollout(buffer: RolloutBuffer, last_observation: Any) -> None:
+def check_rollout(buffer: RolloutBuffer, last_observation: Any, serves_observations: Callable[[], bool]) -> None:
     """Raise `ValueError` naming what in a full rollout is not finite, with its step and environment index.
 
+    What the policy makes of an observation is judged, not the observation: one that is not finite is the cause to be
+    named where something else is not finite either, and at fault by itself where the policy cannot learn from it.
+
     Args:
-        buffer: A rollout buffer that has not been flattened yet: arrays ``(T, E, ...)``.
+        buffer: A full rollout buffer.
         last_observation: The observation after the last step, ``(E, ...)`` or a dict of them.
+        serves_observations: Whether the policy is differentiable at those that are not finite; asked if there are any.
     """
-    for name, array in _named_observations(buffer.observations):
-        _raise_unless_finite(name, array)
-    check_observation(last_observation, step=buffer.buffer_size)
-    for name, array, cure in (
+    observations = [(name, by_time(buffer, array)) for name, array in _named_observations(buffer.observations)]
+    made = [
         ("action", buffer.actions, OF_THE_POLICY),
         ("value", buffer.values, OF_THE_POLICY),
         ("log-probability", buffer.log_probs, OF_THE_POLICY),
         ("reward (with the bootstrapped value at a timeout)", buffer.rewards, OF_THE_ENVIRONMENT),
         ("advantage", buffer.advantages, OF_THE_SCALE),
         ("return", buffer.returns, OF_THE_SCALE),
-    ):
-        _raise_unless_finite(name, array, cure=cure)
+    ]
+    sound = all(map(_is_finite, (array for _, array, _ in made)))
+    if sound and (all(_is_finite(array) for _, array in observations) or serves_observations()):
+        return
+    for name, array in observations:
+        _raise_unless_finite(name, array)
+    check_observation(last_observation, step=buffer.buffer_size)
+    for name, array, cure in made:
+        _raise_unless_finite(name, by_time(buffer, array), cure=cure)
 
 
 def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -211,12 +224,41 @@ def _named_observations(observation: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield "observation", observation
 
 
+def _is_finite(array: np.ndarray) -> bool:
+    return not np.issubdtype(array.dtype, np.floating) or bool(np.isfinite(array).all())
+
+
 def _raise_unless_finite(name: str, array: np.ndarray, *, first_step: int = 0, cure: str = OF_THE_ENVIRONMENT) -> None:
-    if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+    if _is_finite(array):
         return
-    step, env, *_ = (int(index) for index in np.argwhere(~np.isfinite(array))[0])
-    worst = array[step, env][~np.isfinite(array[step, env])].flat[0]
+    index = tuple(np.argwhere(~np.isfinite(array))[0])
+    step, env, *_ = (*index, 0)  # a user's buffer may keep a single environment without an axis of its own
     raise ValueError(
-        f"The rollout holds a {name} that is not finite ({worst}), in environment {env} at step {first_step + step}. "
-        f"The policy is unchanged. {cure}"
+        f"The rollout holds a {name} that is not finite ({array[index]}), in environment {env} at step "
+        f"{first_step + step}. The policy is unchanged. {cure}"
     )
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """Raise `ValueError` for spaces that SB3's encodings would misread, or cannot read."""
+    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    for key, space in parts.items():
+        name = f"the observation space {key!r} of `env`" if key else "the observation space of `env`"
+        _check_start(name, space, cure="gymnasium.wrappers.TransformObservation")
+        if isinstance(space, spaces.Box) and space.shape == ():
+            raise ValueError(
+                f"A policy sees vectors, and {name} is {space}, a number without an axis. Give it the shape (1,), as "
+                "gymnasium.wrappers.ReshapeObservation(env, (1,)) does."
+            )
+        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+            raise ValueError(f"{name.capitalize()} must have one axis, got {space}. Flatten it.")
+    _check_start("the action space of `env`", action_space, cure="gymnasium.wrappers.TransformAction")
+
+
+def _check_start(name: str, space: spaces.Space, *, cure: str) -> None:
+    start = getattr(space, "start", 0)
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(start):
+        raise ValueError(
+            f"SB3's encodings count from 0, and {name} is {space}, which counts from {start}: one value would be taken "
+            f"for another. Wrap the environment so that it counts from 0, for example in {cure}."
+        )

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -24,11 +25,12 @@ from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches
 from sb3_trpo_ext.sb3.checks import check_integer, check_number, check_samples
 from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval
+from sb3_trpo_ext.sb3.methods import owner_of
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 
-KNOWN_VALUES = (ActorCriticPolicy.predict_values, MaskableActorCriticPolicy.predict_values)
-"""Ways to V that go from the critic's features through its MLP."""
+KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
+"""Policies whose V goes from the critic's features through its MLP."""
 
 
 class Critic(ABC):
@@ -150,6 +152,7 @@ class ValueFunction:
         keep_features: bool = True,
     ) -> None:
         self._policy = policy
+        self._plain: Any = owner_of(policy, "predict_values", KNOWN_VALUES)
         self.params = [param for param in trainable(policy) if param not in frozen]
         self._fixed = keep_features and self._has_fixed_features(len(batch))
         self.batch = replace(batch, observations=self._features(batch, chunk_size)) if self._fixed else batch
@@ -160,21 +163,21 @@ class ValueFunction:
             return batch.values(self._policy)
         features = batch.inputs
         assert isinstance(features, Tensor)
-        return self._policy.value_net(self._policy.mlp_extractor.forward_critic(features)).flatten()
+        values: Tensor = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
+        return values.flatten()
 
     def _has_fixed_features(self, size: int) -> bool:
         """Whether V is SB3's own, its extractor not to be moved, and the features fit into memory."""
-        policy = self._policy
-        if "predict_values" in vars(policy) or type(policy).predict_values not in KNOWN_VALUES:
+        if self._plain is None:
             return False
-        extractor = policy.vf_features_extractor
+        extractor = self._plain.vf_features_extractor
         moved = set(self.params)
         bytes_needed = size * extractor.features_dim * torch.finfo(torch.float32).bits // 8
         return bytes_needed <= MEMORY_BUDGET and not any(param in moved for param in extractor.parameters())
 
     @torch.no_grad()
     def _features(self, batch: Batch, chunk_size: int | None) -> Tensor:
-        policy = self._policy
+        policy = self._plain
         extract = BaseModel.extract_features  # what ActorCriticPolicy.predict_values calls
         return torch.cat(
             [extract(policy, part.inputs, policy.vf_features_extractor) for part in batch.split(chunk_size)]
@@ -271,10 +274,10 @@ class AdamCritic(Critic):
         viewed = type(self._buffer) in VIEWED_BUFFERS
         values = ValueFunction(policy, batch, frozen, self._chunk_size, keep_features=viewed)
         losses = []
-        with FlatOptimizer(policy.optimizer, fused=True) as optimizer:
+        with FlatOptimizer(policy.optimizer, policy, frozen, fused=True) as optimizer:
             for _ in range(self._n_updates):
                 for part in minibatches(self._buffer, values.batch, self._batch_size, self._action_space):
                     loss = F.mse_loss(part.returns, values(part))
-                    optimizer.step(gradient([loss], values.params))
+                    optimizer.descend(loss)
                     losses.append(loss.detach())
         return float(torch.stack(losses).mean())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from torch.nn import functional as F
 
+from sb3_trpo_ext.core.trust_region import Restorable
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
@@ -25,15 +28,59 @@ from sb3_trpo_ext.sb3.checks import (
     check_rollout_size,
     check_schedule,
 )
-from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
-from sb3_trpo_ext.sb3.parameters import gradient, trainable
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
+from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
+from sb3_trpo_ext.sb3.parameters import PolicyCheckpoint, gradient, trainable
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 from sb3_trpo_ext.sb3.signal import NO_SIGNAL, has_signal, without_noise
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
 
+KL_CHUNK_BYTES = 3 * 2**19
+"""Bytes that autograd would save of such a pass, if there are more samples in it than in a minibatch."""
+
+OLD_Z_BYTES = 8 * 2**20
+"""Bytes of the coordinates of π_old up to which they are kept where only the exact KL needs them."""
+
 Statistics = dict[str, list[float]]
+
+
+class PolicyDivergedError(UpdateRejectedError):
+    """The update must be undone because of what the policy has become; the critic, if at all, has no part in it."""
+
+
+class RecomputedProblem:
+    """What `PolicyProblem.evaluate` tells, without the coordinates of π_old: the parameters at θ_old are kept instead.
+
+    With thousands of actions the coordinates of a rollout are by far the largest of all that an update holds.
+
+    Args:
+        policy: The policy at θ_old.
+        batch: The samples.
+        chunk_size: Most samples in one forward pass.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, batch: Batch, chunk_size: int) -> None:
+        self._policy = policy
+        self._chunks = batch.split(chunk_size)
+        self._old = PolicyCheckpoint(policy)
+
+    def evaluate(self) -> PolicyEvaluation:
+        """Evaluate the policy with the parameters it has now, chunk by chunk beside those at θ_old."""
+        now, shares = PolicyCheckpoint(self._policy), []
+        for chunk in self._chunks:
+            self._old.restore()
+            problem = PolicyProblem(self._policy, chunk)
+            problem.evaluate()
+            now.restore()
+            shares.append(problem.evaluate())
+        return PolicyEvaluation(
+            objective=sum(share.objective for share in shares),
+            divergence=sum(share.divergence for share in shares),
+            kl_max=float(np.max([share.kl_max for share in shares])),
+            entropy=sum(share.entropy for share in shares),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +114,9 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
 
     loss_statistic: ClassVar[str]
     """The name under which what `_policy_loss` returns beside the loss is logged."""
+
+    loss_needs_old_z: ClassVar[bool] = False
+    """Whether `_policy_loss` needs the coordinates of π_old."""
 
     def __init__(
         self,
@@ -104,8 +154,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         if isinstance(self.clip_range_vf, (int, float)):
             if not self.clip_range_vf > 0:
                 raise AssertionError(
-                    f"`clip_range_vf` must be positive, got {self.clip_range_vf}. Pass None to switch value clipping "
-                    "off."
+                    f"`clip_range_vf` must be positive, got {self.clip_range_vf}; pass `None` to deactivate value "
+                    "clipping."
                 )
         elif self.clip_range_vf is not None:
             check_schedule("clip_range_vf", self.clip_range_vf, hint="Pass None to switch value clipping off.")
@@ -139,8 +189,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             batch = without_noise(whole_rollout(self.rollout_buffer, self.action_space), self.rollout_buffer)
             if not has_signal(batch):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
-            problem = PolicyProblem(self.policy, batch, chunk_size=KL_CHUNK_SIZE)
-            self._exact(problem)
+            problem = self._problem(batch)
             ascent = self._epochs(problem, self._prepared(batch, problem))
         self._report_rejection(ascent.reason) if ascent.reason else self._report_success()
 
@@ -150,10 +199,30 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         if self.clip_range_vf is not None:
             record["train/clip_range_vf"] = self._in_force(self.clip_range_vf)
         record |= self._described(ascent.evaluation)
-        self._adapt(ascent.reached)
+        self._adapt(ascent)
         return record
 
-    def _prepared(self, batch: Batch, problem: PolicyProblem) -> Batch:
+    @torch.no_grad()
+    def _problem(self, batch: Batch) -> PolicyProblem | RecomputedProblem:
+        """The policy as it is now, to be compared with what the epochs make of it.
+
+        A forward pass without a graph takes less memory than a minibatch of as many samples.
+        """
+
+        def coordinates(part: Batch) -> Tensor:
+            return PolicyOutput.of(self.policy, part).z
+
+        with consistent_evaluation(self.policy):
+            affordable = affordable_samples(self.policy, coordinates, batch)
+            old_z_bytes = len(batch) * coordinates(batch[:1]).nbytes
+        chunk_size = max(self.batch_size, min(KL_CHUNK_SIZE, affordable * KL_CHUNK_BYTES * GRAPHS // MEMORY_BUDGET))
+        if old_z_bytes > OLD_Z_BYTES and not self.loss_needs_old_z:
+            return RecomputedProblem(self.policy, batch, chunk_size)
+        problem = PolicyProblem(self.policy, batch, chunk_size=chunk_size)
+        self._exact(problem)
+        return problem
+
+    def _prepared(self, batch: Batch, problem: PolicyProblem | RecomputedProblem) -> Batch:
         """The batch with what the policy loss needs to know of π_old."""
         return batch
 
@@ -163,15 +232,16 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             "train/kl_divergence_loss": evaluation.divergence,
             "train/kl_max": evaluation.kl_max,
             "train/entropy": evaluation.entropy,
+            **evaluation.remarks,
         }
 
-    def _adapt(self, divergence: float) -> None:
-        """Prepare the next update, knowing the mean KL divergence that this one reached."""
+    def _adapt(self, ascent: Ascent) -> None:
+        """Prepare the next update, knowing what this one did."""
 
-    def _epochs(self, problem: PolicyProblem, batch: Batch) -> Ascent:
+    def _epochs(self, problem: PolicyProblem | RecomputedProblem, batch: Batch) -> Ascent:
         """Run the epochs."""
         statistics: Statistics = defaultdict(list)
-        evaluation = problem.start
+        evaluation: PolicyEvaluation | None = None
         for epoch in range(self.n_epochs):
             before = self._checkpoints() if self.max_kl is not None else ()
             within_target = self._epoch(epoch, batch, statistics)
@@ -181,16 +251,16 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                     for state in before:
                         state.restore()
                     reason = "" if epoch else "the first epoch left the ball of radius `max_kl`"
-                    return Ascent(statistics, evaluation, trial.divergence, reason)
+                    return Ascent(statistics, evaluation or self._exact(problem), trial.divergence, reason)
                 evaluation = trial
             self._n_updates += 1
             if not within_target:
                 break
-        if self.max_kl is None:
+        if evaluation is None:
             evaluation = self._exact(problem)
         return Ascent(statistics, evaluation, evaluation.divergence)
 
-    def _exact(self, problem: PolicyProblem) -> PolicyEvaluation:
+    def _exact(self, problem: PolicyProblem | RecomputedProblem) -> PolicyEvaluation:
         with consistent_evaluation(self.policy):
             return problem.evaluate()
 
@@ -198,27 +268,52 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
-        params = trainable(self.policy)
         records: list[Tensor] = []
         within_target, silent = True, not has_signal(batch)
-        with FlatOptimizer(self.policy.optimizer) as optimizer:
+        with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
             for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
                 if silent:  # a buffer of another kind deals out its own advantages
                     part = replace(part, advantages=torch.zeros_like(part.advantages))
-                loss, record = self._loss(part)
+                loss, record = self._loss_on(part)
                 records.append(record)
                 if self._exceeds_target(record[0], epoch):
                     within_target = False
                     break
-                if not optimizer.step(gradient([loss], params), self.max_grad_norm):
-                    raise UpdateRejectedError("the gradient of the loss is not finite")
+                if not optimizer.descend(loss, self.max_grad_norm):
+                    raise self._rejection(part)
         names = ("approx_kl", self.loss_statistic, "policy_gradient_loss", "value_loss", "entropy_loss", "loss")
         for key, column in zip(names, torch.stack(records).T.tolist(), strict=True):
             statistics[key].extend(column)
         return within_target
 
-    def _loss(self, part: Batch) -> tuple[Tensor, Tensor]:
-        """The loss on a minibatch, with its graph, and what is logged of it.
+    def _loss_on(self, part: Batch) -> tuple[Tensor, Tensor]:
+        """The loss on a minibatch, with its graph, and what is logged of it."""
+        try:
+            actor_loss, value_loss, record = self._losses(part)
+        except ValueError as error:
+            if "to satisfy the constraint" not in str(error):
+                raise
+            raise PolicyDivergedError("the policy's distribution is not finite") from error
+        return actor_loss + value_loss, record
+
+    def _rejection(self, part: Batch) -> UpdateRejectedError:
+        """Why a minibatch's gradient is not finite."""
+        reason = "the gradient of the loss is not finite"
+        actor_loss, _, _ = self._losses(part)
+        found = gradient([actor_loss], trainable(self.policy))
+        finite = not found or math.isfinite(gradient_norm(list(found.values())))
+        return UpdateRejectedError(reason) if finite else PolicyDivergedError(reason)
+
+    def _check_outcome(self, record: dict[str, float], before: Sequence[Restorable]) -> None:
+        try:
+            super()._check_outcome(record if self.vf_coef else {**record, "train/value_loss": 0.0}, before)
+        except UpdateRejectedError as rejection:
+            if math.isfinite(record["train/value_loss"]):
+                raise PolicyDivergedError(str(rejection)) from rejection
+            raise
+
+    def _losses(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The actor's and the critic's part of the loss on a minibatch, with their graphs, and what is logged.
 
         That begins with the sampled KL estimate, the mean of (r - 1) - log r.
         """
@@ -234,11 +329,13 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
         # A bonus of weight zero changes no bit of the loss and its gradient, but costs a backward pass.
         weight = self.entropy_weight()
-        loss = (policy_loss + weight * entropy_loss if weight else policy_loss) + self.vf_coef * value_loss
+        actor_loss = policy_loss + weight * entropy_loss if weight else policy_loss
+        # With weight zero the critic has gradients of zero, as in SB3, even where its loss is not finite.
+        critic_loss = self.vf_coef * value_loss if self.vf_coef else (0 * values).nan_to_num().sum()
 
         approx_kl = (ratio.detach() - 1 - log_ratio.detach()).mean()
-        losses = (each.detach() for each in (policy_loss, value_loss, entropy_loss, loss))
-        return loss, torch.stack([approx_kl, statistic, *losses])
+        losses = (each.detach() for each in (policy_loss, value_loss, entropy_loss, actor_loss + critic_loss))
+        return actor_loss, critic_loss, torch.stack([approx_kl, statistic, *losses])
 
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:

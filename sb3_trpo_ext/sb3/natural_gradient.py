@@ -249,6 +249,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             "train/kl_divergence_loss": step.evaluation.divergence,
             "train/kl_max": step.evaluation.kl_max,
             "train/entropy": step.evaluation.entropy,
+            **step.evaluation.remarks,
             "train/step_size": step.step_size,
             "train/improvement": step.improvement,
             "train/expected_improvement": step.expected_improvement,

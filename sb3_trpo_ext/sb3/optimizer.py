@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,29 +15,61 @@ import torch
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.sb3.parameters import trainable
+
+LARGEST_FLAT = 2**18
+"""Numbers above which copying the vector takes longer than the small calls that it saves, but for the fused kernel."""
+
+_TORCHS_CODE = str(Path(torch.__file__).parent)
 
 
 class FlatOptimizer:
     """Lets Adam step all parameters as one vector: the same numbers, without ten small calls for each parameter.
 
-    Adam treats every number by itself, so the steps are bit for bit those of the optimiser. An optimiser of another
-    kind, or in a state that has no flat form (several groups, parameters that are not its own or that have taken
-    different numbers of steps), steps itself. The optimiser's state is up to date when the block is left, by an
-    exception too.
+    Adam treats every number by itself, so the steps are bit for bit those of the optimiser. Between ``zero_grad`` and
+    the step all is as in SB3: the gradients are in ``p.grad``, scaled, and stay there. The optimiser's own state is up
+    to date when the block is left, by an exception too.
+
+    An optimiser of another kind, of many parameters, in a state that has no flat form (several groups, parameters that
+    are not its own or that have taken different numbers of steps), or with something attached that could look at it
+    between two steps (a hook of the optimiser, of all optimisers, of a parameter or a module; a method replaced, as
+    learning rate schedulers do), steps itself.
 
     Args:
         optimizer: The optimiser.
+        module: Whose trainable parameters it moves.
+        frozen: Parameters that are not to be moved; in the block they have no gradient, afterwards that from before.
         fused: Run Adam as one kernel where torch has one; it rounds differently in the last bit.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, fused: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: nn.Module,
+        frozen: AbstractSet[nn.Parameter] = frozenset(),
+        *,
+        fused: bool = False,
+    ) -> None:
         self._optimizer = optimizer
+        self._frozen = frozen
         self._fused = fused
-        self._params: list[nn.Parameter] = []
+        self._params = [param for param in trainable(module) if param not in frozen]
+        self._by_itself = (
+            _is_observed(optimizer, module)
+            or len(optimizer.param_groups) > 1
+            or (not fused and sum(param.numel() for param in self._params) > LARGEST_FLAT)
+            or not {*self._params} <= {*optimizer.param_groups[0]["params"]} <= {*module.parameters()}
+            or any(optimizer.param_groups[0].get(flag) for flag in ("foreach", "capturable", "differentiable", "fused"))
+        )
+        self._reached: list[nn.Parameter] = []
         self._flat: _FlatAdam | None = None
+        self._set_aside: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __enter__(self) -> FlatOptimizer:
         """Nothing is laid out before the first step shows which parameters have gradients."""
+        self._set_aside = [(param, param.grad) for param in self._frozen]
+        for param in self._frozen:
+            param.grad = None
         return self
 
     def __exit__(
@@ -42,43 +77,67 @@ class FlatOptimizer:
     ) -> None:
         """Bring the optimiser's state up to date."""
         self._write_back()
+        for param, grad in self._set_aside:
+            param.grad = grad
 
-    def step(self, gradients: Mapping[nn.Parameter, Tensor], max_norm: float = math.inf) -> bool:
-        """Step the parameters along their gradients, these scaled down together if their norm exceeds ``max_norm``.
+    def descend(self, loss: Tensor, max_norm: float | None = None) -> bool:
+        """Step the parameters that a loss reaches along its gradient.
+
+        Args:
+            loss: A scalar with its graph, which is released.
+            max_norm: The gradient is scaled down to this norm if its own is larger; None to leave it as it is.
 
         Returns:
-            False, and nothing has moved, if the norm is asked about and not finite.
+            False, and nothing has moved, if ``max_norm`` is given and the gradient's norm is not finite.
         """
-        scale = None
-        if max_norm < math.inf:
-            norms = torch._foreach_norm(list(gradients.values()))
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-            if not math.isfinite(norm):
-                return False
-            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        params = list(gradients)
-        if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params, strict=True)):
-            self._write_back()
-            self._params = params
-            if _has_a_flat_form(self._optimizer, gradients):
-                self._flat = _FlatAdam(self._optimizer, params, fused=self._fused)
-        if self._flat is not None:
-            self._flat.step(gradients, scale)
+        if self._by_itself:
+            self._optimizer.zero_grad()
         else:
-            self._step_by_itself(gradients, scale)
+            for param in self._params:
+                param.grad = None
+        if not self._frozen:
+            loss.backward()
+        elif self._params and loss.requires_grad:  # without what only the frozen ones need
+            loss.backward(inputs=self._params)
+        reached = [param for param in self._params if param.grad is not None]
+        if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
+            return False
+        if self._by_itself or not reached:
+            self._optimizer.step()
+            return True
+        if len(reached) != len(self._reached) or any(a is not b for a, b in zip(reached, self._reached, strict=True)):
+            self._write_back()
+            self._reached = reached
+            if _has_a_flat_form(self._optimizer, reached):
+                self._flat = _FlatAdam(self._optimizer, reached, fused=self._fused)
+        if self._flat is not None:
+            self._flat.step()
+        else:
+            self._optimizer.step()
         return True
 
-    def _step_by_itself(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
-        self._optimizer.zero_grad()
-        for param, gradient in gradients.items():
-            param.grad = gradient if scale is None else gradient * scale
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
     def _write_back(self) -> None:
-        flat, self._flat, self._params = self._flat, None, []
+        flat, self._flat, self._reached = self._flat, None, []
         if flat is not None:
             flat.write_back(self._optimizer)
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of several tensors together, rounded as `torch.nn.utils.clip_grad_norm_` rounds it."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def _clip(gradients: list[Tensor], max_norm: float) -> bool:
+    """`torch.nn.utils.clip_grad_norm_`, but of a norm that is finite alone; whether it is."""
+    norm = gradient_norm(gradients)
+    finite = math.isfinite(norm)
+    if finite:
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return finite
 
 
 class _FlatAdam:
@@ -102,10 +161,9 @@ class _FlatAdam:
                 for key, value in states[0].items()
             }
 
-    def step(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
-        """One step of Adam, which brings the parameters along."""
-        gradient = flatten(list(gradients.values()))
-        self._vector.grad = gradient if scale is None else gradient.mul_(scale)
+    def step(self) -> None:
+        """One step of Adam along the parameters' gradients, which brings the parameters along."""
+        self._vector.grad = flatten(_gradients(self._params))
         self._adam.step()
         self._bring_along()
 
@@ -121,19 +179,47 @@ class _FlatAdam:
                 optimizer.state[param][key] = piece.clone()
 
 
-def _has_a_flat_form(optimizer: torch.optim.Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
-    """Whether one vector can stand for the parameters."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or len(optimizer.param_groups) > 1:
-        return False
-    if any(optimizer.param_groups[0].get(flag) for flag in ("foreach", "capturable", "differentiable", "fused")):
-        return False
-    owned = set(optimizer.param_groups[0]["params"])
-    if not all(param in owned for param in gradients):
-        return False
-    states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in gradients]
+def _has_a_flat_form(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> bool:
+    """Whether one vector can stand for the parameters that have gradients."""
+    states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in params]
     steps = {float(state["step"]) if "step" in state else None for state in states}
-    kinds = {(param.device, param.dtype, gradient.layout) for param, gradient in gradients.items()}
+    kinds = {(param.device, param.dtype, None if param.grad is None else param.grad.layout) for param in params}
     return len(steps) == 1 and len(kinds) == 1 and kinds.pop()[2] is torch.strided
+
+
+def _is_observed(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether a step may be anything but torch's Adam, or somebody may look at the optimiser between two steps."""
+    kind = type(optimizer)
+    return (
+        kind not in (torch.optim.Adam, torch.optim.AdamW)
+        or not vars(optimizer).keys() <= _own_attributes(kind)
+        or not all(_is_torchs(getattr(kind, method)) for method in ("step", "zero_grad"))
+        or _has_hooks(vars(optimizer))
+        or _has_hooks(vars(sys.modules[torch.optim.Optimizer.__module__]))
+        or _has_hooks(vars(nn.modules.module))
+        or any(_has_hooks(vars(each)) for each in module.modules())
+        or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in module.parameters())
+    )
+
+
+def _has_hooks(attributes: Mapping[str, Any]) -> bool:
+    return any(value and name.endswith("_hooks") and isinstance(value, dict) for name, value in attributes.items())
+
+
+@cache
+def _own_attributes(kind: type[torch.optim.Optimizer]) -> frozenset[str]:
+    """What an optimiser has of itself; whoever replaces one of its methods adds to it."""
+    return frozenset(vars(kind([torch.zeros(1)])))  # type: ignore[call-arg]
+
+
+def _is_torchs(method: Any) -> bool:
+    """Whether a method, and all that it is wrapped in, is torch's own code."""
+    while method is not None:
+        code = getattr(method, "__code__", None)
+        if code is None or not code.co_filename.startswith(_TORCHS_CODE):
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 @cache

@@ -54,9 +54,48 @@ def leave_gradients(module: nn.Module, ascent: Mapping[nn.Parameter, Tensor]) ->
         param.grad = -ascent[param] if param in ascent else None
 
 
-def policy_checkpoint(policy: nn.Module) -> Checkpoint:
-    """All parameters and buffers of a policy, frozen ones and running statistics included."""
-    return Checkpoint(chain(policy.parameters(), policy.buffers()))
+class PolicyCheckpoint(Checkpoint):
+    """All parameters and buffers of a policy as they are now, frozen ones and running statistics included.
+
+    Args:
+        policy: The policy.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__(chain(policy.parameters(), policy.buffers()))
+
+    def found_broken(self) -> bool:
+        """Whether a parameter, or a buffer that was finite, has become NaN or infinite since.
+
+        What already was not finite and has not changed is the policy's own affair: a mask of -inf, a mark of NaN.
+        """
+        return any(_has_broken(tensor, before) for tensor, before in self._saved)
+
+
+def _has_broken(tensor: Tensor, before: Tensor) -> bool:
+    broken = ~tensor.isfinite()
+    if not bool(broken.any()):
+        return False
+    if not isinstance(tensor, nn.Parameter):
+        return bool(before.isfinite().all())
+    same = (tensor == before) | (tensor.isnan() & before.isnan())
+    return bool((broken & ~same).any())
+
+
+class GradientCheckpoint:
+    """What a module's parameters hold as ``grad``, to be put back.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [(param, None if param.grad is None else param.grad.clone()) for param in module.parameters()]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for param, grad in self._saved:
+            param.grad = grad
 
 
 class OptimizerCheckpoint:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.distributions import Family, family_of
+from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, family_of
+from sb3_trpo_ext.sb3.methods import owner_of
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 
 KNOWN_POLICIES = (ActorCriticPolicy, MaskableActorCriticPolicy, RecurrentActorCriticPolicy)
@@ -32,12 +33,19 @@ class PolicyEvaluation:
         divergence: Mean joint KL(π_old‖π_θ), the D of the trust region.
         kl_max: Largest joint KL(π_old‖π_θ) of a state in the batch.
         entropy: H, mean entropy of the policy (estimated from samples where it has no closed form).
+        kl_is_sampled: Whether the KL divergences are estimates, for want of a registered family.
     """
 
     objective: float
     divergence: float
     kl_max: float
     entropy: float
+    kl_is_sampled: bool = False
+
+    @property
+    def remarks(self) -> dict[str, float]:
+        """What is to be known of the numbers, to be logged beside them."""
+        return {"train/kl_is_sampled": 1.0} if self.kl_is_sampled else {}
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,7 @@ class PolicyOutput:
     @classmethod
     def of(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
         """Run the policy on a batch."""
-        distribution = batch.distribution(policy)
-        family = family_of(distribution)
-        return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
+        return cls._read(batch.distribution(policy), batch)
 
     @classmethod
     def after_evaluation(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
@@ -67,17 +73,17 @@ class PolicyOutput:
 
         The policies of SB3 and sb3-contrib then still hold the distribution; others are run once more.
         """
-        if not _keeps_its_distribution(policy):
+        if len(batch.split(None)) > 1:  # several passes, of which the policy holds the last one's
             return cls.of(policy, batch)
-        family = family_of(policy.action_dist)
-        return cls(policy.action_dist, family, batch.unpadded(family.coordinates(policy.action_dist)))
+        evaluated = owner_of(policy, "evaluate_actions", KNOWN_POLICIES)
+        if evaluated is None or owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) != evaluated:
+            return cls.of(policy, batch)
+        return cls._read(evaluated.action_dist, batch)
 
-
-def _keeps_its_distribution(policy: ActorCriticPolicy) -> bool:
-    methods = ("evaluate_actions", "_get_action_dist_from_latent")
-    return not any(name in vars(policy) for name in methods) and all(
-        any(getattr(type(policy), name) is getattr(known, name) for known in KNOWN_POLICIES) for name in methods
-    )
+    @classmethod
+    def _read(cls, distribution: Distribution, batch: Batch) -> PolicyOutput:
+        family = family_of(distribution) or SampledFamily(batch.padded(batch.actions), batch.old_log_prob)
+        return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
 
 
 class PolicyProblem:
@@ -109,11 +115,12 @@ class PolicyProblem:
         self._chunks = batch.split(chunk_size)
         self._old: list[Tensor] = []
         self._graph: PolicyOutput | None = None
+        self._kl_is_sampled = False
 
     @property
     def old_z(self) -> Tensor:
         """The coordinates of π_old at the samples, ``(N, K)``, after the first call."""
-        return torch.cat(self._old)
+        return self._batch.in_order(self._old, self._chunk_size)
 
     @property
     def size(self) -> int:
@@ -173,19 +180,24 @@ class PolicyProblem:
     def _visit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the chunks in turn: each one's share of L, and of (L, E[H], D) with its largest KL, detached."""
         at_start = not self._old
+        without_gradient = False
         for index, chunk in enumerate(self._chunks):
             output = PolicyOutput.of(self._policy, chunk)
             if at_start:
                 self._old.append(output.z.detach())
                 self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
+                self._kl_is_sampled = isinstance(output.family, SampledFamily)
+                without_gradient = self._kl_is_sampled and not output.z.requires_grad
             kl = output.family.kl(self._old[index], output.z.detach())
             objective, entropy = self._terms(chunk, output.distribution)
             yield objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
+        if without_gradient:
+            _require_differentiable(self._policy, self._chunks[0][:1])
 
     def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
         total = torch.stack(shares)
         objective, entropy, divergence = total[:, :3].sum(dim=0).tolist()
-        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy)
+        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy, self._kl_is_sampled)
         if not hasattr(self, "start"):
             self.start = evaluation
         return evaluation
@@ -196,8 +208,8 @@ class PolicyProblem:
         ratio = torch.exp(log_prob - chunk.old_log_prob)
         closed_form = distribution.entropy()
         # Without one (squashed actions), E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has gradient
-        # zero in expectation.
-        entropy = -ratio * log_prob if closed_form is None else chunk.unpadded(closed_form)
+        # zero in expectation. 0 log 0 = 0.
+        entropy = -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
         surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
         return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
 
@@ -205,3 +217,21 @@ class PolicyProblem:
 def _fisher_segment(batch: Batch, output: PolicyOutput) -> tuple[Tensor, Metric]:
     frozen, weights = output.z.detach(), batch.weights.unsqueeze(1)
     return output.z, lambda v: weights * output.family.metric(frozen, v)
+
+
+def _require_differentiable(policy: ActorCriticPolicy, sample: Batch) -> None:
+    """Refuse a distribution that is not registered and whose log-probability has no gradient.
+
+    Raises:
+        NotImplementedError: If parameters that V does not reach could be trained, and log π(a|s) does not reach them.
+    """
+    with torch.enable_grad():
+        output = PolicyOutput.of(policy, sample)
+        params = trainable(policy)
+        if output.z.requires_grad or len(gradient([sample.values(policy).sum()], params)) == len(params):
+            return
+    name = type(output.distribution).__name__
+    raise NotImplementedError(
+        f"`log_prob` of the action distribution {name} has no gradient, so no parameter of the actor can be trained. "
+        "Compute it from the outputs of the network by torch operations, without `detach` or NumPy."
+    )

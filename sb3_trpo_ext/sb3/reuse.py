@@ -14,6 +14,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_trpo_ext.core.advantages import trace_advantages
 from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import by_time
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class PastRollout:
     @classmethod
     def of(cls, buffer: RolloutBuffer, batch: Batch, following: Any, starts: np.ndarray) -> PastRollout:
         """What a full buffer holds, with the observations and episode starts that follow it."""
-        return cls(batch, buffer.rewards, np.concatenate([buffer.episode_starts, starts[None]]), following)
+        begins = by_time(buffer, buffer.episode_starts)
+        return cls(batch, by_time(buffer, buffer.rewards), np.concatenate([begins, starts[None]]), following)
 
     @torch.no_grad()
     def seen_by(

@@ -1,84 +1,135 @@
-"""Fast rollouts: a `PolicySnapshot` acts, everything else is computed in one batch at the end."""
+"""Rollouts by a `FastPolicy`: what SB3's own collection hands over, in a fraction of its time."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from threadpoolctl import threadpool_limits
+from torch import Tensor
 
-from sb3_trpo_ext.sb3.snapshot import Array, NotCoveredError, PolicySnapshot
+from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
+from sb3_trpo_ext.sb3.forward import NotCoveredError, aligned
+from sb3_trpo_ext.sb3.sampling import Array
+from sb3_trpo_ext.sb3.watchers import is_idle, looks
+
+PENDING = 2**19
+"""Numbers that may wait to be valued at the most, where one step does not have more."""
+
+OVERRIDABLE = ("add", "reset", "compute_returns_and_advantage")
+"""Methods of a buffer that it could have of its own."""
 
 
-@dataclass
-class Timeouts:
-    """Terminal observations of episodes that a time limit ended, to be bootstrapped in one batch."""
+class Pending:
+    """Steps that were taken and are still to be valued.
 
-    steps: list[int] = field(default_factory=list)
-    envs: list[int] = field(default_factory=list)
-    observations: list[Array] = field(default_factory=list)
+    Args:
+        policy: The policy that takes them.
+        n_steps: Most steps to keep; fewer where these would be more than `PENDING` numbers.
+    """
 
-    def note(self, step: int, dones: Array, infos: list[dict[str, Any]]) -> None:
-        """Remember the timeouts among the episodes that ended at a step."""
+    def __init__(self, policy: FastPolicy, n_steps: int) -> None:
+        width = policy.critic_input.numel() + policy.outputs.numel()
+        self.room = max(1, min(n_steps, PENDING // width))
+        self.start = self.end = 0
+        self._policy = policy
+        self._sources = policy.critic_input.numpy(), policy.outputs.numpy()
+        self.inputs, self.outputs = (
+            aligned(self.room, *source.shape, dtype=source.dtype) for source in (policy.critic_input, policy.outputs)
+        )
+        self._arrays = self.inputs.numpy(), self.outputs.numpy()
+        self.actions: list[Array] = []
+        self.masks: list[Array] = []
+        self.timeouts: list[tuple[int, int, Any, Tensor]] = []
+
+    def note(self, actions: Array, masks: Array | None) -> None:
+        """Keep what the policy saw and put out, and the actions that were drawn from that."""
+        slot = self.end - self.start
+        (inputs, outputs), (seen, put_out) = self._arrays, self._sources
+        inputs[slot], outputs[slot] = seen, put_out
+        self.actions.append(actions)
+        if masks is not None:
+            self.masks.append(masks)
+        self.end += 1
+
+    def note_timeouts(self, step: int, rewards: Array, dones: Array, infos: list[dict[str, Any]]) -> None:
+        """Keep the last observations of episodes that a time limit ended at a step."""
         for env in np.flatnonzero(dones):
-            terminal = infos[env].get("terminal_observation")
-            if terminal is not None and infos[env].get("TimeLimit.truncated", False):
-                self.steps.append(step)
-                self.envs.append(int(env))
-                self.observations.append(terminal)
+            if is_timeout(infos[env]):
+                last = self._policy.encoded(infos[env]["terminal_observation"])
+                self.timeouts.append((step, int(env), rewards[env], last))
+
+    def value(self, buffer: RolloutBuffer, gamma: float) -> None:
+        """Write values, log-probabilities and bootstrapped rewards into a buffer; nothing is pending then."""
+        count, policy = self.end - self.start, self._policy
+        if count:
+            steps = slice(self.start, self.end)
+            inputs, outputs = self.inputs[:count], self.outputs[:count].flatten(0, 1)
+            actions = torch.from_numpy(np.concatenate(self.actions))
+            masks = np.concatenate(self.masks) if self.masks else None
+            buffer.values[steps] = policy.values(inputs).numpy()
+            buffer.log_probs[steps] = policy.log_prob(outputs, actions, masks).numpy().reshape(count, -1)
+        if self.timeouts:
+            bootstrapped = gamma * policy.values(torch.stack([last for *_, last in self.timeouts]))
+            for (step, env, reward, _), value in zip(self.timeouts, bootstrapped.numpy(), strict=True):
+                buffer.rewards[step, env] = reward + value[0]
+        self.start = self.end
+        self.actions, self.masks, self.timeouts = [], [], []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self.end - self.start == self.room
 
 
 class FastRollout:
-    """One rollout by a `PolicySnapshot`, written into SB3's own `RolloutBuffer`.
+    """One rollout, written into SB3's own `RolloutBuffer` or `DictRolloutBuffer`.
 
-    Callbacks are called as SB3 calls them, and find SB3's names in ``locals``, except ``values`` and ``log_probs``,
-    which do not exist before the end of the rollout. If a callback changes the policy, the steps so far are valued
-    with the policy that took them and the rollout goes on with the new one.
-
-    NumPy stands in for torch: where torch has a single thread, so has NumPy's BLAS, whose threads would wait for each
-    other at every step on a machine that runs several trainings.
+    Environments, callbacks, buffer, logger and random generators get what SB3's ``collect_rollouts`` gives them. What
+    nobody looks at before the end of a rollout (values, log-probabilities, bootstrapped rewards) is computed for many
+    steps at once, unless a callback of unknown class could look, or change the policy, at any step.
 
     Args:
         model: The algorithm that collects.
-        snapshot: Its policy.
         env: The environments.
         buffer: The buffer to fill.
         n_steps: Steps of each environment.
+
+    Raises:
+        NotCoveredError: If policy or buffer are not covered; the message says why.
     """
 
-    def __init__(self, model: Any, snapshot: PolicySnapshot, env: VecEnv, buffer: RolloutBuffer, n_steps: int) -> None:
-        self._model = model
-        self._snapshot = snapshot
-        self._env = env
-        self._buffer = buffer
-        self._n_steps = n_steps
+    buffers: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
+    name_of_done: ClassVar[str] = "done"
+    """The name in ``locals`` of whether the last environment is done."""
+
+    def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int) -> None:
+        if type(buffer) not in self.buffers or any(name in vars(buffer) for name in OVERRIDABLE):
+            raise NotCoveredError(f"rollout buffer {type(buffer).__name__}")
+        if buffer.buffer_size != n_steps or buffer.n_envs != env.num_envs:
+            raise NotCoveredError(f"a rollout buffer for {buffer.buffer_size} steps of {buffer.n_envs} environments")
+        self._model, self._env, self._buffer, self._n_steps = model, env, buffer, n_steps
         space = model.action_space
         self._bounds = (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
-        self._valued = 0
-        self._timeouts = Timeouts()
+        self._policy: FastPolicy | None = self._fast_policy()
+
+    def _fast_policy(self) -> FastPolicy:
+        return FastPolicy(self._model.policy, self._env.num_envs)
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer; False if the callback stopped the rollout."""
-        with threadpool_limits(1 if torch.get_num_threads() == 1 else None, user_api="blas"):
-            return self._collect(callback)
-
-    def _collect(self, callback: BaseCallback) -> bool:
         model, buffer = self._model, self._buffer
         model.policy.set_training_mode(False)
         buffer.reset()
-        # Views in which a step is written as it is.
-        self._observations = buffer.observations.reshape(buffer.buffer_size, *model._last_obs.shape)
-        self._actions = buffer.actions.reshape(buffer.buffer_size, self._env.num_envs, *model.action_space.shape)
-        callback.on_rollout_start()
-        drawn = self._snapshot.sampler.noise(self._n_steps, self._env.num_envs, self._snapshot.noise_width)
-        noise = self._snapshot.sampler.scaled(drawn)
         names: dict[str, Any] = {
             "self": model,
             "env": self._env,
@@ -86,80 +137,287 @@ class FastRollout:
             "rollout_buffer": buffer,
             "n_rollout_steps": self._n_steps,
         }
-        watched = not is_idle(callback)
-        for step in range(self._n_steps):
-            self._step(noise[step], names)
-            if watched:
-                names["n_steps"], names["obs_tensor"] = step, torch.from_numpy(model._last_obs)
-                callback.update_locals(names)
-            if not callback.on_step():
-                self._value_steps(step)
-                return False
-            self._store(step, names)
-            if watched and not self._snapshot.is_current():
-                self._value_steps(step + 1)
-                self._snapshot = PolicySnapshot(model.policy)
-                noise = self._snapshot.sampler.scaled(drawn)
-
-        buffer.full = buffer.pos == buffer.buffer_size
-        self._value_steps(self._n_steps)
-        last_values = self._snapshot.values(model._last_obs)
-        estimate_advantages(buffer, last_values, names["dones"])
-        callback.update_locals({**names, "n_steps": self._n_steps, "values": torch.from_numpy(last_values)})
+        self._begin(names)
+        callback.on_rollout_start()
+        self._rows = _by_step(buffer.observations, model._last_obs)
+        self._actions = buffer.actions.reshape(self._n_steps, self._env.num_envs, *model.action_space.shape)
+        loop = self._watched if looks(callback) or not self._is_current() else self._unwatched
+        if not loop(callback, names):
+            return False
+        buffer.full = True
+        names["n_steps"] = self._n_steps
+        with torch.no_grad():
+            values = self._last_values(obs_as_tensor(model._last_obs, model.device), names)
+        estimate_advantages(buffer, values.cpu().numpy().flatten(), names["dones"])
+        self._end(callback, names | {"values": values})
         callback.on_rollout_end()
         return True
 
-    def _step(self, noise: Array, names: dict[str, Any]) -> None:
-        """Act once in all environments."""
+    def _unwatched(self, callback: BaseCallback, names: dict[str, Any]) -> bool:
+        """Take the steps and value many of them at once."""
+        model, buffer, policy = self._model, self._buffer, self._policy
+        assert policy is not None  # since it is current
+        pending, idle = Pending(policy, self._n_steps), is_idle(callback)
+        for step in range(self._n_steps):
+            policy.see(model._last_obs)
+            self._remember(policy, names)
+            masks = self._masks(names)
+            actions = policy.act(masks)
+            pending.note(actions, masks)
+            self._step(actions, names)
+            if not idle:
+                names["n_steps"] = step
+                callback.update_locals(names)
+            if not callback.on_step():
+                pending.value(buffer, model.gamma)
+                return False
+            if np.count_nonzero(names["dones"]):
+                self._note_timeouts(pending, step, names)
+            self._store(step, names)
+            if pending.is_full:
+                pending.value(buffer, model.gamma)
+        pending.value(buffer, model.gamma)
+        return True
+
+    def _watched(self, callback: BaseCallback, names: dict[str, Any]) -> bool:
+        """Take the steps, each with all that SB3 shows of it, by a policy that may change between two of them."""
+        model, buffer = self._model, self._buffer
+        for step in range(self._n_steps):
+            if not self._is_current():
+                self._policy = self._fast_policy_or_none()
+            names["n_steps"], names["obs_tensor"] = step, obs_as_tensor(model._last_obs, model.device)
+            with torch.no_grad():
+                actions, names["values"], names["log_probs"] = self._acted(names)
+            self._step(actions, names)
+            callback.update_locals(names)
+            if not callback.on_step():
+                return False
+            self._bootstrap(names)
+            buffer.values[step] = names["values"].cpu().numpy().flatten()
+            buffer.log_probs[step] = names["log_probs"].cpu().numpy().flatten()
+            self._store(step, names)
+        return True
+
+    def _is_current(self) -> bool:
+        return self._policy is not None and self._policy.is_current(self._model.policy)
+
+    def _fast_policy_or_none(self) -> FastPolicy | None:
+        try:
+            return self._fast_policy()
+        except NotCoveredError:
+            return None
+
+    def _acted(self, names: dict[str, Any]) -> tuple[Array, Tensor, Tensor]:
+        """Actions, values ``(E, 1)`` and log-probabilities ``(E,)`` of a step, by a policy of any kind."""
+        if self._policy is None:
+            actions, values, log_probs = self._called(names)
+            return actions.cpu().numpy(), values, log_probs
+        policy = self._policy
+        policy.see(self._model._last_obs)
+        self._remember(policy, names)
+        masks = self._masks(names)
+        drawn = policy.act(masks)
+        log_probs = policy.log_prob(policy.outputs.clone(), torch.from_numpy(drawn), masks)
+        return drawn, policy.value(), log_probs
+
+    def _step(self, actions: Array, names: dict[str, Any]) -> None:
+        """Act in all environments."""
         model = self._model
-        actions = self._snapshot.act(model._last_obs, noise)
-        clipped = actions
         if self._bounds is not None:
-            low, high = self._bounds
             flat = actions.reshape(-1)
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
-            if low.ndim > 2:
-                actions = actions.reshape(-1, *low.shape[1:])
-            clipped = np.minimum(np.maximum(actions, low), high)
-        names["actions"], names["clipped_actions"] = actions, clipped
-        names["new_obs"], names["rewards"], names["dones"], names["infos"] = self._env.step(clipped)
+            actions = actions.reshape(len(actions), *model.action_space.shape)
+        names["actions"] = actions
+        executed = self._executed(actions, names)
+        names["new_obs"], names["rewards"], names["dones"], names["infos"] = self._env.step(executed)
         model.num_timesteps += self._env.num_envs
+
+    def _executed(self, actions: Array, names: dict[str, Any]) -> Array:
+        """The actions that the environments are given."""
+        if self._bounds is not None:
+            low, high = self._bounds
+            squashed = self._policy is None and self._model.policy.squash_output
+            actions = (
+                self._model.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
+            )
+        names["clipped_actions"] = actions
+        return actions
 
     def _store(self, step: int, names: dict[str, Any]) -> None:
         """Write the step into the buffer and move on."""
-        model, buffer, dones = self._model, self._buffer, names["dones"]
-        model._update_info_buffer(names["infos"], dones)
-        self._observations[step] = model._last_obs
+        model, buffer = self._model, self._buffer
+        model._update_info_buffer(names["infos"], names["dones"])
+        for key, rows in self._rows:
+            rows[step] = model._last_obs if key is None else model._last_obs[key]
         self._actions[step] = names["actions"]
         buffer.rewards[step] = names["rewards"]
         buffer.episode_starts[step] = model._last_episode_starts
         buffer.pos = step + 1
-        if np.count_nonzero(dones):
-            self._timeouts.note(step, dones, names["infos"])
-        model._last_obs, model._last_episode_starts = names["new_obs"], dones
+        model._last_obs, model._last_episode_starts = names["new_obs"], names["dones"]
 
-    def _value_steps(self, end: int) -> None:
-        """Values, log-probabilities and timeout bootstraps of the steps not yet valued, up to ``end``."""
-        buffer, start = self._buffer, self._valued
-        if end == start:
-            return
-        shape = buffer.values[start:end].shape
-        observations = buffer.observations[start:end].reshape(-1, *buffer.obs_shape)
-        actions = buffer.actions[start:end].reshape(len(observations), -1)
-        buffer.values[start:end] = self._snapshot.values(observations).reshape(shape)
-        buffer.log_probs[start:end] = self._snapshot.log_prob(observations, actions).reshape(shape)
-        timeouts, self._timeouts = self._timeouts, Timeouts()
-        if timeouts.steps:
-            terminal = self._snapshot.values(np.stack(timeouts.observations))
-            buffer.rewards[timeouts.steps, timeouts.envs] += self._model.gamma * terminal
-        self._valued = end
+    def _bootstrap(self, names: dict[str, Any]) -> None:
+        """Add the value of what would have followed where a time limit ended an episode."""
+        model, rewards = self._model, names["rewards"]
+        for env, done in enumerate(names["dones"]):
+            names["idx"], names[self.name_of_done] = env, done
+            info = names["infos"][env]
+            if done and is_timeout(info):
+                names["terminal_obs"] = model.policy.obs_to_tensor(info["terminal_observation"])[0]
+                with torch.no_grad():
+                    names["terminal_value"] = self._terminal_value(names)
+                rewards[env] += (model.gamma * names["terminal_value"]).cpu().numpy()[0]
+
+    # What the policies with masks and with memory do otherwise.
+
+    def _begin(self, names: dict[str, Any]) -> None:
+        """Prepare before the callback hears of the rollout."""
+
+    def _masks(self, names: dict[str, Any]) -> Array | None:
+        """Which actions are allowed."""
+        return None
+
+    def _remember(self, policy: FastPolicy, names: dict[str, Any]) -> None:
+        """Let the policy's memory see what was seen."""
+
+    def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Call the policy as SB3 does."""
+        actions, values, log_probs = self._model.policy(names["obs_tensor"])
+        return actions, values, log_probs
+
+    def _note_timeouts(self, pending: Pending, step: int, names: dict[str, Any]) -> None:
+        """Take care of the episodes that a time limit ended at a step."""
+        pending.note_timeouts(step, names["rewards"], names["dones"], names["infos"])
+
+    def _terminal_value(self, names: dict[str, Any]) -> Tensor:
+        """V of the last observation of an episode, ``(1,)``."""
+        value: Tensor = self._model.policy.predict_values(names["terminal_obs"])[0]
+        return value
+
+    def _last_values(self, observation: Any, names: dict[str, Any]) -> Tensor:
+        """V of what follows the rollout, ``(E, 1)``."""
+        values: Tensor = self._model.policy.predict_values(observation)
+        return values
+
+    def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
+        """Show what SB3 shows at the end."""
+        if isinstance(self._model.action_space, spaces.Discrete):
+            names["actions"] = names["actions"].reshape(-1, 1)
+        callback.update_locals(names)
 
 
-def is_idle(callback: BaseCallback) -> bool:
-    """Whether it is what SB3 makes of no callback: it looks at nothing and changes nothing."""
-    return type(callback) is ConvertCallback and callback.callback is None
+class FastMaskableRollout(FastRollout):
+    """The same for sb3-contrib's maskable policies and buffers.
+
+    Args:
+        use_masking: Whether the environments are asked which actions are allowed.
+    """
+
+    buffers = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+
+    def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, use_masking: bool = True) -> None:
+        super().__init__(model, env, buffer, n_steps)
+        self._use_masking = use_masking
+
+    def _begin(self, names: dict[str, Any]) -> None:
+        names["use_masking"], names["action_masks"] = self._use_masking, None
+        if self._use_masking and not is_masking_supported(self._env):
+            raise ValueError(
+                "The environment does not support action masking: it has no method `action_masks`. Wrap it in "
+                "sb3_contrib.common.wrappers.ActionMasker, or pass use_masking=False to `learn`."
+            )
+
+    def _masks(self, names: dict[str, Any]) -> Array | None:
+        if self._use_masking:
+            names["action_masks"] = get_action_masks(self._env)
+        masks: Array | None = names["action_masks"]
+        return masks
+
+    def _executed(self, actions: Array, names: dict[str, Any]) -> Array:
+        return actions
+
+    def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        actions, values, log_probs = self._model.policy(names["obs_tensor"], action_masks=self._masks(names))
+        return actions, values, log_probs
+
+    def _store(self, step: int, names: dict[str, Any]) -> None:
+        if names["action_masks"] is not None:
+            masks: Any = self._buffer
+            masks.action_masks[step] = names["action_masks"].reshape(self._env.num_envs, -1)
+        super()._store(step, names)
+
+    def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
+        """Show nothing, as sb3-contrib."""
+
+
+class FastRecurrentRollout(FastRollout):
+    """The same for sb3-contrib's LSTM policies and buffers."""
+
+    buffers = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
+    name_of_done = "done_"
+
+    def _fast_policy(self) -> FastPolicy:
+        return FastRecurrentPolicy(self._model.policy, self._env.num_envs)
+
+    def _remember(self, policy: FastPolicy, names: dict[str, Any]) -> None:
+        assert isinstance(policy, FastRecurrentPolicy)
+        model = self._model
+        names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32)
+        with torch.no_grad():
+            names["lstm_states"] = policy.remember(
+                names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
+            )
+
+    def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        model = self._model
+        names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32, device=model.device)
+        actions, values, log_probs, names["lstm_states"] = model.policy(
+            names["obs_tensor"], names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
+        )
+        return actions, values, log_probs
+
+    def _note_timeouts(self, pending: Pending, step: int, names: dict[str, Any]) -> None:
+        self._bootstrap(names)
+
+    def _terminal_value(self, names: dict[str, Any]) -> Tensor:
+        model, env = self._model, names["idx"]
+        names["terminal_lstm_state"] = tuple(state[:, env : env + 1].contiguous() for state in names["lstm_states"].vf)
+        names["episode_starts"] = torch.zeros(1, device=model.device)
+        value: Tensor = model.policy.predict_values(
+            names["terminal_obs"], names["terminal_lstm_state"], names["episode_starts"]
+        )[0]
+        return value
+
+    def _store(self, step: int, names: dict[str, Any]) -> None:
+        buffer: Any = self._buffer
+        before = self._model._last_lstm_states
+        arrays = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
+        for array, state in zip(arrays, (*before.pi, *before.vf), strict=True):
+            array[step] = state.cpu().numpy()
+        super()._store(step, names)
+        self._model._last_lstm_states = names["lstm_states"]
+
+    def _last_values(self, observation: Any, names: dict[str, Any]) -> Tensor:
+        model = self._model
+        starts = torch.tensor(names["dones"], dtype=torch.float32, device=model.device)
+        values: Tensor = model.policy.predict_values(observation, names["lstm_states"].vf, starts)
+        return values
+
+    def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
+        """Show nothing, as sb3-contrib."""
+
+
+def is_timeout(info: dict[str, Any]) -> bool:
+    """Whether a time limit, and nothing else, ended the episode."""
+    return info.get("terminal_observation") is not None and bool(info.get("TimeLimit.truncated", False))
+
+
+def _by_step(arrays: Any, observations: Any) -> list[tuple[Any, Array]]:
+    """Views of a buffer's observations into which those of a step are written as they are."""
+    if isinstance(arrays, dict):
+        return [(key, array.reshape(len(array), *observations[key].shape)) for key, array in arrays.items()]
+    return [(None, arrays.reshape(len(arrays), *observations.shape))]
 
 
 def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:
@@ -177,19 +435,33 @@ def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array)
     next_values = np.concatenate([buffer.values[1:], last_values[None]])
     deltas = buffer.rewards + buffer.gamma * next_values * goes_on - buffer.values
     decays = buffer.gamma * buffer.gae_lambda * goes_on
-    advantage: Array = np.zeros_like(last_values)
-    for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
-        advantage = delta + decay * advantage
-        target[:] = advantage
+    if buffer.n_envs == 1:  # scalars of NumPy round as its arrays, and take a fifth of the time
+        backwards, advantage = [], np.float32(0)
+        for delta, decay in zip(deltas[::-1, 0], decays[::-1, 0], strict=True):
+            advantage = delta + decay * advantage
+            backwards.append(advantage)
+        buffer.advantages[::-1, 0] = backwards
+    else:
+        following: Array = np.zeros_like(last_values)
+        for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
+            np.multiply(decay, following, out=target)
+            following = np.add(delta, target, out=target)
     buffer.returns = buffer.advantages + buffer.values
 
 
-def fast_rollout(model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int) -> FastRollout:
+def fast_rollout(model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, *args: Any) -> FastRollout:
     """The fast path for a model.
+
+    Args:
+        model: The algorithm that collects.
+        env: The environments.
+        buffer: The buffer to fill.
+        n_steps: Steps of each environment.
+        *args: What sb3-contrib's ``collect_rollouts`` takes beyond these.
 
     Raises:
         NotCoveredError: If it does not cover the model; the message says why.
     """
-    if type(buffer) is not RolloutBuffer:
-        raise NotCoveredError(f"rollout buffer {type(buffer).__name__}")
-    return FastRollout(model, PolicySnapshot(model.policy), env, buffer, n_steps)
+    kinds: list[type[FastRollout]] = [FastMaskableRollout, FastRecurrentRollout, FastRollout]
+    kind = next((kind for kind in kinds if isinstance(buffer, kind.buffers)), FastRollout)
+    return kind(model, env, buffer, n_steps, *args)

@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext.core.advantages import rounding_of_advantages
 from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.buffers import by_time
 
 NO_SIGNAL = "all advantages are equal up to rounding, so that no action is better than another"
 NO_PARAMETER = "the policy has no trainable parameter"
@@ -55,11 +56,10 @@ def has_signal(batch: Batch) -> bool:
 
 def longest_recursion(buffer: RolloutBuffer) -> int:
     """The most steps of a rollout over which advantages were summed up: those of its longest episode in it."""
-    starts, shape = buffer.episode_starts, (buffer.buffer_size, buffer.n_envs)
-    if starts.size != shape[0] * shape[1]:
-        return shape[0]
-    # A `get` of sb3-contrib leaves one environment after the other.
-    rows = starts.T if starts.shape == shape else starts.reshape(shape[::-1])
+    starts = by_time(buffer, buffer.episode_starts)
+    if starts.shape != (buffer.buffer_size, buffer.n_envs):
+        return int(buffer.buffer_size)
+    rows = starts.T
     last = np.ones((len(rows), 1), dtype=bool)
     ends = np.flatnonzero(np.concatenate([rows[:, 1:] > 0, last], axis=1))
     return int(np.diff(ends, prepend=-1).max())

@@ -1,20 +1,35 @@
+import importlib.util
+import math
+from decimal import Decimal, localcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.integrate
+import scipy.stats
 import torch
+from betas import BetaDistribution, BetaFamily
 from envs import ACTION_SPACES, in_float64, make
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common import distributions as sb3
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import TRPO, Family, register_family
 from sb3_trpo_ext.core.vectors import flatten, unflatten
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.distributions import family_of
+from sb3_trpo_ext.sb3.distributions import (
+    BernoulliFamily,
+    CategoricalFamily,
+    GaussianFamily,
+    SampledFamily,
+    exp_remainder,
+    family_of,
+)
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 GSDE = {"gsde": {}, "gsde-expln": {"use_expln": True}, "gsde-squashed": {"squash_output": True}}
 KINDS = [*ACTION_SPACES, *GSDE]
 
@@ -121,6 +136,147 @@ def test_kl_agrees_with_monte_carlo(kind: str) -> None:
     assert abs(difference.mean() - exact) < 4 * standard_error
 
 
+FLOAT32_KINDS = ["gaussian", "categorical", "bernoulli"]
+
+
+def of_coordinates(kind: str, z: Tensor) -> Any:
+    """The torch distribution in float64 whose coordinates are z."""
+    z = z.double()
+    if kind == "gaussian":
+        return torch.distributions.Normal(z[:, :3], z[:, 3:].exp())
+    if kind == "categorical":
+        return [torch.distributions.Categorical(logits=part) for part in z.split((2, 4), dim=1)]
+    return torch.distributions.Bernoulli(logits=z)
+
+
+def random_pair(kind: str, seed: int, spread: float, radius: float) -> tuple[Family, Tensor, Tensor]:
+    """Coordinates in float32 of two distributions whose KL divergence is about ``radius``."""
+    generator = torch.Generator().manual_seed(seed)
+    start, direction = torch.randn(2, 1, 6, generator=generator, dtype=torch.float64)
+    family: Family = {
+        "gaussian": GaussianFamily(),
+        "categorical": CategoricalFamily((2, 4)),
+        "bernoulli": BernoulliFamily(),
+    }[kind]
+
+    def at(scale: float) -> Tensor:
+        z = spread * start + scale * direction
+        if kind == "categorical":
+            z = torch.cat([part.log_softmax(dim=1) for part in z.split((2, 4), dim=1)], dim=1)
+        return z.float()
+
+    low, high = -20.0, 10.0  # of log scale, to be halved
+    for _ in range(60):
+        middle = (low + high) / 2
+        divergence = float(torch_kl(of_coordinates(kind, at(0.0)), of_coordinates(kind, at(math.exp(middle)))))
+        low, high = (middle, high) if divergence < radius else (low, middle)
+    return family, at(0.0), at(math.exp(low))
+
+
+RANDOM_PAIRS = given(
+    kind=st.sampled_from(FLOAT32_KINDS),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+    log_radius=st.floats(math.log(1e-9), math.log(10)),
+)
+
+
+@settings(max_examples=400)
+@RANDOM_PAIRS
+def test_kl_is_right_at_every_radius_in_float32(kind: str, seed: int, spread: float, log_radius: float) -> None:
+    family, old, new = random_pair(kind, seed, spread, math.exp(log_radius))
+    expected = torch_kl(of_coordinates(kind, old), of_coordinates(kind, new))
+    assume(1e-9 <= float(expected) <= 10)
+    torch.testing.assert_close(family.kl(old, new).double(), expected, rtol=1e-3, atol=0)
+    for z in (old, new):
+        assert float(family.kl(z, z)) == 0
+
+
+@settings(max_examples=200)
+@RANDOM_PAIRS
+def test_kl_has_the_right_gradient_in_float32(kind: str, seed: int, spread: float, log_radius: float) -> None:
+    family, old, new = random_pair(kind, seed, spread, math.exp(log_radius))
+    exact, point = new.double().requires_grad_(), new.requires_grad_()
+    (expected,) = torch.autograd.grad(torch_kl(of_coordinates(kind, old), of_coordinates(kind, exact)), exact)
+    (ours,) = torch.autograd.grad(family.kl(old, point), point)
+    assert float((ours - expected).norm()) <= 1e-3 * float(expected.norm())
+
+
+@settings(max_examples=300)
+@given(
+    exponent=st.floats(-15, 1.9),
+    sign=st.sampled_from([-1.0, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_remainder_of_the_exponential_keeps_its_digits(exponent: float, sign: float, dtype: torch.dtype) -> None:
+    y = torch.tensor(sign * 10.0**exponent, dtype=dtype, requires_grad=True)
+    with localcontext() as context:
+        context.prec = 60
+        x = Decimal(y.item())
+        exact, slope = float(x.exp() - 1 - x), float(x.exp() - 1)
+    precision = 40 * torch.finfo(dtype).eps
+    remainder = exp_remainder(y)
+    assert remainder.item() == pytest.approx(exact, rel=precision)
+    assert torch.autograd.grad(remainder, y)[0].item() == pytest.approx(slope, rel=precision)
+
+
+def test_the_remainder_of_the_exponential_at_its_ends() -> None:
+    assert exp_remainder(torch.tensor([-math.inf, 0.0, math.inf])).tolist() == [math.inf, 0.0, math.inf]
+    points = torch.tensor([-2.0, -0.07, -0.01, 0.0, 0.01, 0.07, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(exp_remainder, points)
+
+
+INFINITE_LOGITS = st.lists(
+    st.one_of(st.floats(-30, 30, width=32), st.sampled_from([-math.inf])), min_size=6, max_size=6
+)
+
+
+@settings(max_examples=300)
+@given(old=INFINITE_LOGITS, new=INFINITE_LOGITS, data=st.data())
+def test_logits_of_minus_infinity_are_options_that_do_not_exist(
+    old: list[float], new: list[float], data: st.DataObject
+) -> None:
+    z = torch.tensor([old, new]).view(2, 2, 3)
+    z[:, :, data.draw(st.integers(0, 2))] = 1.0  # one option exists always
+    z = z.log_softmax(dim=2)
+    family = CategoricalFamily((3, 3))
+    point = z[1].reshape(1, 6).clone().requires_grad_()
+    kl = family.kl(z[0].reshape(1, 6), point)
+    (slope,) = torch.autograd.grad(kl.sum(), point, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), point)
+    p, q = z.double().exp()
+    expected = torch.where(p > 0, p * (z[0] - z[1]), 0.0).sum()
+    torch.testing.assert_close(kl.double().squeeze(), expected.squeeze(), rtol=1e-3, atol=1e-5)
+    assert bool(slope.isfinite().all()) and bool(curvature.isfinite().all())
+    if bool(kl.isfinite().all()):
+        torch.testing.assert_close(slope.double().view(2, 3), q - p, rtol=1e-3, atol=1e-5)
+    assert torch.all(slope.view(2, 3)[(p == 0) & (q == 0)] == 0)
+    assert bool(family.metric(z[0].reshape(1, 6), torch.randn(1, 6)).isfinite().all())
+    assert float(family.kl(point, point).detach()) == 0
+
+
+@given(
+    old=st.floats(-200, 200, width=32) | st.sampled_from([-math.inf, math.inf]),
+    new=st.floats(-200, 200, width=32) | st.sampled_from([-math.inf, math.inf]),
+)
+def test_coins_may_be_certain(old: float, new: float) -> None:
+    family, z = BernoulliFamily(), torch.tensor([[old]])
+    point = torch.tensor([[new]], requires_grad=True)
+    kl = family.kl(z, point)
+    (slope,) = torch.autograd.grad(kl.sum(), point)
+    assert float(kl.detach()) >= 0
+    assert math.isinf(float(kl.detach())) == (math.isinf(new) and new != old)
+    assert bool(slope.isfinite().all())
+    assert bool(family.metric(z, torch.ones(1, 1)).isfinite().all())
+    assert float(family.kl(z, z)) == 0
+
+
+def test_a_narrow_gaussian_that_stays_has_kl_zero() -> None:
+    family, z = GaussianFamily(), torch.tensor([[0.5, -100.0]])
+    assert float(family.kl(z, z)) == 0
+    assert family.metric(z, torch.zeros_like(z)).tolist() == [[0.0, 0.0]]
+
+
 @given(
     old=st.lists(st.floats(-30, 30), min_size=6, max_size=6), new=st.lists(st.floats(-30, 30), min_size=6, max_size=6)
 )
@@ -134,14 +290,107 @@ def test_kl_is_never_negative_and_zero_only_for_equals(old: list[float], new: li
     }
     for distribution, points in cases.items():
         family = family_of(distribution)
-        assert float(family.kl(points[:1], points[1:])) >= -1e-9
-        assert float(family.kl(points[:1], points[:1])) == 0
+        for dtype in (torch.float64, torch.float32):
+            first, second = points.to(dtype).chunk(2)
+            assert float(family.kl(first, second)) >= 0
+            assert float(family.kl(first, first)) == 0
 
 
-def test_an_unknown_distribution_is_refused_by_name() -> None:
-    class Strange(sb3.Distribution):
-        proba_distribution_net = proba_distribution = log_prob = entropy = sample = mode = None
-        actions_from_params = log_prob_from_params = None
+@pytest.mark.parametrize("kind", FLOAT32_KINDS)
+def test_a_metric_by_differentiating_the_kl_is_the_closed_form(kind: str) -> None:
+    family, z, v = random_pair(kind, 0, 1.0, 1.0)
+    if kind == "categorical":  # log-probabilities move so that p sums to one
+        v = torch.cat([u - (w.exp() * u).sum() for w, u in zip(z.split((2, 4), 1), v.split((2, 4), 1), strict=True)], 1)
+    torch.testing.assert_close(Family.metric(family, z, v), family.metric(z, v))
 
-    with pytest.raises(NotImplementedError, match="Strange"):
-        family_of(Strange())  # type: ignore[abstract]
+
+def test_a_metric_by_differentiating_the_kl_is_its_hessian() -> None:
+    family, z, v = BetaFamily(), 1 + torch.rand(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda new: family.kl(z, new).sum(), z)
+    expected = (hessian.view(20, 20) @ v.flatten()).view(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(family.metric(z, v), expected)
+
+
+def test_the_kl_of_the_example_agrees_with_quadrature() -> None:
+    spec = importlib.util.spec_from_file_location("beta_policy", EXAMPLES / "beta_policy.py")
+    assert spec and spec.loader
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    distribution = example.BetaDistribution(1)
+    outputs = torch.tensor([[-1.0], [0.3]]), torch.tensor([-0.5])
+    family = family_of(distribution.proba_distribution(*outputs))
+    assert type(family) is example.BetaFamily
+    old, new = family.coordinates(distribution).chunk(2)
+    (p, q) = (scipy.stats.beta(*z[0].double().numpy()) for z in (old, new))
+    expected, _ = scipy.integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), 0, 1)
+    assert float(family.kl(old, new)) == pytest.approx(expected, rel=1e-5)
+    assert float(family.kl(old, old)) == 0
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_sampled_kl_and_metric_have_the_right_mean(off_policy: bool) -> None:
+    samples = 200_000
+    old, new = (torch.distributions.Normal(torch.tensor(m), torch.tensor(s)) for m, s in ((0.0, 1.0), (0.2, 1.1)))
+    taken = torch.distributions.Normal(0.1, 1.2) if off_policy else old
+    actions = taken.sample((samples,))
+    family = SampledFamily(actions, taken.log_prob(actions))
+    z_old, z_new = (each.log_prob(actions).unsqueeze(1) for each in (old, new))
+    divergence = family.kl(z_old, z_new)
+    assert bool((divergence >= 0).all())
+    error = float(divergence.std()) / samples**0.5
+    assert abs(float(divergence.mean()) - float(kl_divergence(old, new))) < 4 * error
+    score = actions.unsqueeze(1)  # of the mean, at σ = 1; its Fisher information is 1
+    information = (score * family.metric(z_old, score)).mean()
+    assert float(information) == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(family.kl(z_old, z_old), torch.zeros(samples))
+
+
+def test_an_action_of_no_probability_is_no_sample() -> None:
+    z = torch.tensor([[-math.inf], [0.0]])
+    family = SampledFamily(torch.zeros(2), torch.zeros(2))
+    assert family.kl(z, z).tolist() == [0.0, 0.0]
+    assert family.metric(z, torch.ones(2, 1)).tolist() == [[0.0], [1.0]]
+
+
+class Base(BetaDistribution):
+    pass
+
+
+class Derived(Base):
+    pass
+
+
+class Other(Family):
+    def coordinates(self, distribution: Any) -> Tensor:
+        raise AssertionError
+
+    kl = coordinates  # type: ignore[assignment]
+
+
+def test_the_nearest_class_that_serves_is_taken() -> None:
+    assert family_of(Derived()) is None
+    register_family(Base, lambda distribution: BetaFamily())
+    assert isinstance(family_of(Derived()), BetaFamily)
+    register_family(Derived, lambda distribution: Other())
+    assert isinstance(family_of(Derived()), Other) and isinstance(family_of(Base()), BetaFamily)
+    register_family(Derived, lambda distribution: None)
+    assert isinstance(family_of(Derived()), BetaFamily)
+    register_family(Base, lambda distribution: None)
+    assert family_of(Derived()) is None
+
+
+def test_subclasses_of_sb3s_distributions_have_their_families() -> None:
+    class Mine(sb3.SquashedDiagGaussianDistribution):
+        pass
+
+    assert isinstance(family_of(Mine(2)), GaussianFamily)
+    assert isinstance(family_of(Mine(2).proba_distribution(torch.zeros(1, 2), torch.zeros(2))), GaussianFamily)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(torch.distributions.Beta, lambda each: BetaFamily()), (Base(), Other), (Base, BetaFamily())]
+)
+def test_what_cannot_be_registered_is_refused(arguments: Any) -> None:
+    with pytest.raises(TypeError, match=r"`(distribution_class|factory)` must"):
+        register_family(*arguments)

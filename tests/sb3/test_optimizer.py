@@ -28,23 +28,27 @@ def gradients(params: list[nn.Parameter], step: int) -> dict[nn.Parameter, Tenso
     return {param: torch.randn(param.shape, generator=generator) for param in params}
 
 
+def with_gradients(gradients: dict[nn.Parameter, Tensor]) -> Tensor:
+    """A loss that has them."""
+    return sum((torch.sum(param * gradient) for param, gradient in gradients.items()), torch.zeros(()))
+
+
 def stepped(kind: str, flat: bool, missing: Any = (), max_norm: float = math.inf) -> tuple[list[nn.Parameter], Any]:
     """Parameters and optimiser after two blocks of five steps; ``missing[step]`` has no gradient at that step."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = OPTIMIZERS[kind](params)
     for block in range(2):
-        with FlatOptimizer(optimizer) as flat_optimizer:
+        with FlatOptimizer(optimizer, nn.ParameterList(params)) as flat_optimizer:
             for step in range(5 * block, 5 * block + 5):
                 found = gradients(params, step)
                 if step in missing:
                     del found[params[1]]
                 if flat:
-                    assert flat_optimizer.step(found, max_norm)
+                    assert flat_optimizer.descend(with_gradients(found), max_norm)
                     continue
                 optimizer.zero_grad()
-                for param, gradient in found.items():
-                    param.grad = gradient
+                with_gradients(found).backward()
                 if max_norm < math.inf:
                     torch.nn.utils.clip_grad_norm_(params, max_norm)
                 optimizer.step()
@@ -70,9 +74,9 @@ def test_fused_steps_are_the_same_but_for_rounding() -> None:
     params = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
     plain = copy.deepcopy(params)
     for tensors, fused in ((params, True), (plain, False)):
-        with FlatOptimizer(OPTIMIZERS["adam"](tensors), fused=fused) as optimizer:
+        with FlatOptimizer(OPTIMIZERS["adam"](tensors), nn.ParameterList(tensors), fused=fused) as optimizer:
             for step in range(20):
-                optimizer.step(gradients(tensors, step))
+                optimizer.descend(with_gradients(gradients(tensors, step)))
     for mine, peer in zip(params, plain, strict=True):
         torch.testing.assert_close(mine, peer, rtol=1e-5, atol=1e-6)
 
@@ -80,8 +84,8 @@ def test_fused_steps_are_the_same_but_for_rounding() -> None:
 def test_the_state_is_written_back_when_an_exception_leaves_the_block() -> None:
     params = [nn.Parameter(torch.ones(3))]
     optimizer = OPTIMIZERS["adam"](params)
-    with pytest.raises(KeyboardInterrupt), FlatOptimizer(optimizer) as flat:
-        flat.step(gradients(params, 0))
+    with pytest.raises(KeyboardInterrupt), FlatOptimizer(optimizer, nn.ParameterList(params)) as flat:
+        flat.descend(with_gradients(gradients(params, 0)))
         raise KeyboardInterrupt
     assert float(optimizer.state[params[0]]["step"]) == 1
 
@@ -89,6 +93,6 @@ def test_the_state_is_written_back_when_an_exception_leaves_the_block() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_moves_nothing(bad: float) -> None:
     params = [nn.Parameter(torch.ones(3))]
-    with FlatOptimizer(OPTIMIZERS["adam"](params)) as optimizer:
-        assert not optimizer.step({params[0]: torch.tensor([1.0, bad, 0.0])}, max_norm=1.0)
+    with FlatOptimizer(OPTIMIZERS["adam"](params), nn.ParameterList(params)) as optimizer:
+        assert not optimizer.descend(with_gradients({params[0]: torch.tensor([1.0, bad, 0.0])}), max_norm=1.0)
     assert torch.equal(params[0], torch.ones(3))

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, in_float64, make, with_rollout
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from test_distributions import GSDE, batch_of, model_of
+from test_distributions import GSDE, batch_of, model_of, torch_kl
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
@@ -177,3 +178,36 @@ def test_a_tabular_update_is_the_exact_natural_gradient_step() -> None:
             score = flatten(torch.autograd.grad(log_pi.sum(), params, retain_graph=True))
             fisher += torch.exp(log_pi.detach()) / 6 * torch.outer(score, score)
     torch.testing.assert_close(solution, torch.linalg.solve(fisher, g), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("radius", [1e-9, 1e-6, 1e-3, 1.0, 10.0])
+@pytest.mark.parametrize("action", [*ACTION_SPACES, "narrow"])
+def test_the_divergence_of_a_batch_is_right_at_every_radius_in_float32(action: str, radius: float) -> None:
+    options = {"policy_kwargs": {"log_std_init": -2.0}} if action == "narrow" else {}
+    model = with_rollout(make(TRPO, "box" if action == "narrow" else action, **options))
+    with consistent_evaluation(model.policy):
+        problem, batch = problem_of(model)
+        params = list(problem.gradients())
+        theta, direction = flatten(params).detach(), torch.randn(sum(param.numel() for param in params))
+
+        def exact() -> Any:
+            """The distribution as it acts, in float64."""
+            with torch.no_grad():
+                return in_double(batch.distribution(model.policy).distribution)
+
+        old, low, high = exact(), -20.0, 5.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            assign(params, theta + math.exp(middle) * direction)
+            low, high = (middle, high) if float(torch_kl(old, exact()).mean()) < radius else (low, middle)
+        expected = float(torch_kl(old, exact()).mean())
+        assert expected == pytest.approx(radius, rel=0.2)
+        assert problem.evaluate().divergence == pytest.approx(expected, rel=1e-3)
+
+
+def in_double(distribution: Any) -> Any:
+    if isinstance(distribution, list):
+        return [in_double(each) for each in distribution]
+    if isinstance(distribution, torch.distributions.Normal):
+        return torch.distributions.Normal(distribution.loc.double(), distribution.scale.double())
+    return type(distribution)(logits=distribution.logits.double())

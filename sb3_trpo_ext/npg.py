@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_trpo_ext.core.trust_region import boundary_scale
-from sb3_trpo_ext.sb3.checks import check_number
+from sb3_trpo_ext.sb3.checks import check_number, check_schedule
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 from sb3_trpo_ext.sb3.steps import Direction, Move
@@ -68,8 +68,12 @@ class NPG(NaturalGradientAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if self.step_size is not None and not callable(self.step_size):
-            check_number("step_size", self.step_size, positive=True, hint="Pass None to scale to `target_kl`.")
+        if self.step_size is not None:
+            check_schedule("step_size", self.step_size, positive=True, hint="Pass None to scale to `target_kl`.")
+
+    def _cures(self) -> str:
+        cures = super()._cures()
+        return cures if self.step_size is None else cures.replace("`target_kl`", "`step_size`")
 
     def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
         step_size = self._step_size(direction)
@@ -82,5 +86,5 @@ class NPG(NaturalGradientAlgorithm):
     def _step_size(self, direction: Direction) -> float:
         """α in force."""
         if self.step_size is None:
-            return boundary_scale(direction.curvature, self.trust_region_radius())
+            return boundary_scale(direction.boundary_curvature, self.trust_region_radius())
         return check_number("step_size", self._in_force(self.step_size))

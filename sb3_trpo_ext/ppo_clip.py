@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import clipped_surrogate
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.checks import check_number
+from sb3_trpo_ext.sb3.checks import check_schedule
 from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
 
@@ -22,9 +22,12 @@ class PPOClip(FirstOrderAlgorithm):
     """Proximal Policy Optimization with the clipped objective (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
 
     Minibatch ascent on E[min(r·Â, clip(r, 1-ε, 1+ε)·Â)] (equation 7) less ``vf_coef`` times the value loss plus
-    ``ent_coef`` times the entropy (equation 9). It takes the same steps as ``stable_baselines3.PPO``, number for
-    number. Beyond it, the exact joint KL divergence is logged beside the sampled estimate
-    (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
+    ``ent_coef`` times the entropy (equation 9). It takes the same steps as ``stable_baselines3.PPO``: up to rounding,
+    or number for number where ``fast_rollouts`` is ``"exact"`` or False. There is one exception: where all advantages
+    of a rollout are equal up to rounding, SB3 standardises the rounding errors and steps along them; here the policy
+    loss of that rollout is left out, and the value loss and the entropy bonus remain. Beyond SB3, the exact joint KL
+    divergence is logged beside the sampled estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded
+    (``max_kl``), and an update is atomic.
 
     It learns what SB3's PPO learns: CartPole-v1 in 60 000 steps; of Pendulum-v1, at a learning rate of 1e-3, some seeds
     are still far from the others after 150 000.
@@ -141,10 +144,9 @@ class PPOClip(FirstOrderAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if not callable(self.clip_range):
-            check_number("clip_range", self.clip_range, positive=True)
-        if self.target_kl is not None and not callable(self.target_kl):
-            check_number("target_kl", self.target_kl, positive=True, hint="Pass None for no bound.")
+        check_schedule("clip_range", self.clip_range, positive=True)
+        if self.target_kl is not None:
+            check_schedule("target_kl", self.target_kl, positive=True, hint="Pass None for no bound.")
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         assert callable(self.clip_range)  # since it was set up

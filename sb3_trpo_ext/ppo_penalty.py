@@ -192,6 +192,9 @@ class PPOPenalty(FirstOrderAlgorithm):
                 "keeps the distribution of each sample by its place in the buffer. Use PPOClip with another buffer."
             )
 
+    def _cures(self) -> str:
+        return f"a larger `kl_coef`, {super()._cures()}"
+
     def _prepared(self, batch: Batch, problem: PolicyProblem | RecomputedProblem) -> Batch:
         assert isinstance(problem, PolicyProblem)  # see loss_needs_old_z
         return replace(batch, old_z=problem.old_z)

@@ -24,6 +24,9 @@ from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
 from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep, StepAlong
 
+AIM = 0.95
+"""The share of its bound that a step shortened to the largest KL aims at: exactly at it, half of them would miss."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -46,7 +49,10 @@ class TRPO(NaturalGradientAlgorithm):
     Each update maximises the surrogate L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] under E_s[KL(π_old(·|s)‖π_θ(·|s))] <= δ
     (equation 14): x ≈ F⁻¹∇L by conjugate gradients with Fisher-vector products, a step of x to the boundary
     ½ sᵀFs = δ, and backtracking until L improves inside the region (appendix C). An update that cannot be accepted
-    leaves the policy as it was, bit for bit.
+    leaves the policy as it was, bit for bit. So does a rollout whose advantages are all equal up to rounding.
+
+    After an update ``param.grad`` of every parameter that the policy's output reaches holds -∇L at θ_old (the gradient
+    of a loss, as a backward pass of SB3's PPO leaves it), also where the update was rejected; of the others, None.
 
     A drop-in for ``sb3_contrib.TRPO``: its arguments come first, with its names, order and defaults. The KL divergence
     that is computed, constrained and logged is the *joint* one, summed over action dimensions.
@@ -120,6 +126,13 @@ class TRPO(NaturalGradientAlgorithm):
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
             a sample costs and keeps the graphs within 512 MiB; None for all at once.
         cg_residual_tol: Conjugate gradients stop at this relative residual.
+        min_radius_used: u in [0, 1]. Damping shortens the step to the boundary: it uses the share
+            xᵀFx / xᵀ(F + λI)x of δ, and with K actions, where the entries of F are about 1/K, a tenth of it at K = 100
+            and a hundredth at K = 1000. Where that share is below u, the step (not its direction) is scaled to use u of
+            δ in the quadratic model. 0 leaves damping its way, as sb3-contrib does; 1 measures the boundary without it,
+            so that the line search has to shorten many steps. ``"auto"`` is 0.6 for discrete, multi-discrete and
+            multi-binary actions, and 0 for Box; 0.6 is recommended for a Box of more than ten dimensions. With hundreds
+            of actions a smaller ``cg_damping`` makes a better direction too.
         line_search_accept_ratio: Fraction in [0, 1) of the predicted improvement that a step must bring; 0 accepts
             any improvement.
         fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
@@ -174,6 +187,7 @@ class TRPO(NaturalGradientAlgorithm):
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 0.03,
+        min_radius_used: float | Literal["auto"] = "auto",
         line_search_accept_ratio: float = 0.0,
         fast_rollouts: bool = True,
         **unexpected: NoReturn,
@@ -209,6 +223,7 @@ class TRPO(NaturalGradientAlgorithm):
             curvature_samples=curvature_samples,
             fisher_chunk_size=fisher_chunk_size,
             cg_residual_tol=cg_residual_tol,
+            min_radius_used=min_radius_used,
             fast_rollouts=fast_rollouts,
             **unexpected,
         )
@@ -346,13 +361,13 @@ class TRPO(NaturalGradientAlgorithm):
         """The step size at which the line search begins."""
         if penalty:
             return direction.slope / (penalty * direction.curvature)  # the maximum of gᵀs - C ½ sᵀFs along x
-        step_size = boundary_scale(direction.curvature, radius)
+        step_size = boundary_scale(direction.boundary_curvature, radius)
         if self.trust_region == "max":
             # The quadratic model knows the mean alone: one look at the largest KL there tells how much to shorten.
             direction.go_to(step_size)
             kl_max = problem.evaluate().kl_max
             if radius < kl_max < math.inf:
-                step_size *= math.sqrt(radius / kl_max)
+                step_size *= math.sqrt(AIM * radius / kl_max)
         return step_size
 
     def _penalty(self, problem: PolicyProblem) -> float:
@@ -360,6 +375,13 @@ class TRPO(NaturalGradientAlgorithm):
         if self.kl_penalty == "theory":
             return theoretical_penalty(self.gamma, problem.max_advantage)
         return self.kl_penalty or 0.0
+
+    def _cures(self) -> str:
+        cures = super()._cures()
+        if not self.kl_penalty:
+            return cures
+        penalty = "a number for `kl_penalty`" if self.kl_penalty == "theory" else "a larger `kl_penalty`"
+        return cures.replace("a smaller `target_kl`", penalty)
 
     def _described(self, step: PolicyStep) -> dict[str, float]:
         record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}

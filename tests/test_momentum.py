@@ -29,7 +29,7 @@ class Watched(TRPO):
         def watched(vector: Tensor, *, whole: bool = False) -> PolicyStep:
             self.vectors.append(vector.clone())
             if len(self.vectors) in self.reject:
-                return PolicyStep(frozenset(), None, reason="told to")  # type: ignore[arg-type]  # never looked at
+                return PolicyStep({}, None, reason="told to")  # type: ignore[arg-type]  # never looked at
             return step_along(vector, whole=whole)
 
         return super()._ascend(gradient, watched)

@@ -33,3 +33,21 @@ def trace_advantages(
         advantages[t] = deltas[t] + discount * continues[t] * ahead
         ahead = traces[t] * advantages[t]
     return advantages
+
+
+def rounding_of_advantages(magnitude: float, steps: int, *, decay: float, eps: float) -> float:
+    """How far apart rounding alone can set advantages Â_t = δ_t + γλ Â_{t+1} that are all equal.
+
+    A summand δ_t = r_t + γV(s_{t+1}) - V(s_t) is wrong by up to half a unit in the last place for each of its products
+    and sums, γ and two values among them; the recursion adds such errors up over the steps of an episode like the
+    summands themselves. The result is ``4 · eps · magnitude · Σ_{k<steps} (γλ)^k``, twice what one advantage can be
+    off: two can be so in opposite directions.
+
+    Args:
+        magnitude: max |Â| + max |V|, which bounds the rewards too.
+        steps: Steps of the longest recursion.
+        decay: γλ.
+        eps: Relative spacing of the numbers that rewards, values and advantages are stored in.
+    """
+    length = steps if decay == 1.0 else (1.0 - decay**steps) / (1.0 - decay)
+    return 4.0 * eps * magnitude * length

@@ -72,3 +72,22 @@ class GaussNewtonProduct:
             linear, metric = self._cached or self._linearize(segment)
             result = result + linear.vjp(metric(linear.jvp(vector)))
         return result
+
+    def undamped_curvature(self, vector: Tensor, damped: float) -> float:
+        """vᵀ Jᵀ M J v, the curvature along a vector without its damping.
+
+        The difference of ``damped`` and λ‖v‖², unless that leaves fewer than three digits; then by one more product.
+
+        Args:
+            vector: v, ``(P,)``.
+            damped: vᵀ(Jᵀ M J + λI)v.
+        """
+        difference = damped - self._damping * float(vector.dot(vector))
+        if difference > 1e3 * torch.finfo(vector.dtype).eps * damped:
+            return difference
+        result = vector.new_zeros(())
+        for segment in self._segments:
+            linear, metric = self._cached or self._linearize(segment)
+            image = linear.jvp(vector)
+            result = result + (image * metric(image)).sum()
+        return float(result)

@@ -21,6 +21,21 @@ def boundary_scale(curvature: float, radius: float) -> float:
     return math.sqrt(2.0 * radius / curvature)
 
 
+def boundary_curvature(damped: float, undamped: float, min_used: float) -> float:
+    """The curvature that the boundary is measured with, so that damping leaves a step a share of the radius.
+
+    Scaled by xᵀ(F + λI)x a step uses the share xᵀFx / xᵀ(F + λI)x of δ in the undamped model, which goes to zero with
+    the entries of F. Scaled by the smaller of xᵀ(F + λI)x and xᵀFx / u it uses that share, but u at least; its
+    direction stays, and where the share is u anyway its length too.
+
+    Args:
+        damped: xᵀ(F + λI)x > 0.
+        undamped: xᵀFx.
+        min_used: u in [0, 1]: 0 measures with damping alone, 1 without.
+    """
+    return min(damped, undamped / min_used) if min_used and undamped > 0 else damped
+
+
 class Trial(Protocol):
     """What the line search has to know of a trial point."""
 

@@ -28,7 +28,16 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_trpo_ext.core.trust_region import Atomic, Restorable
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
-from sb3_trpo_ext.sb3.checks import check_finite, check_integer, check_observation, check_rollout, check_spaces
+from sb3_trpo_ext.sb3.checks import (
+    check_finite,
+    check_integer,
+    check_observation,
+    check_policy,
+    check_rollout,
+    check_schedule,
+    check_spaces,
+    check_trainable,
+)
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.forward import NotCoveredError
 from sb3_trpo_ext.sb3.parameters import (
@@ -39,6 +48,7 @@ from sb3_trpo_ext.sb3.parameters import (
     trainable,
 )
 from sb3_trpo_ext.sb3.rollout import fast_rollout
+from sb3_trpo_ext.sb3.signal import CURES
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 from sb3_trpo_ext.sb3.watchers import looks
 
@@ -104,7 +114,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """Check the arguments, then build; `load` comes through here too."""
         self._check_arguments()
         self._checked_size = self._rollout_size()
-        super()._setup_model()
+        with torch.inference_mode(False):  # whose tensors could not be trained
+            super()._setup_model()
         distribution = getattr(self.policy, "action_dist", None)
         if self.verbose >= 1 and distribution is not None and family_of(distribution) is None:
             print(
@@ -116,8 +127,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
         check_spaces(self.observation_space, self.action_space)
         check_integer("n_steps", self.n_steps)
-        if not callable(self.ent_coef):
-            check_finite("ent_coef", self.ent_coef)
+        check_schedule("learning_rate", self.learning_rate)
+        check_finite("ent_coef", self.ent_coef)
 
     def _rollout_size(self) -> tuple[Any, ...]:
         """What the checks of arguments know of a rollout's size, and a user may change between two rollouts."""
@@ -155,10 +166,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
-        value = self._in_force(self.ent_coef)
+        value = float(self._in_force(self.ent_coef))
         if callable(self.ent_coef):
             check_finite("ent_coef", value)
-        return float(value)
+        return value
 
     def _in_force(self, argument: float | Schedule) -> float:
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
@@ -186,7 +197,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             ValueError: If an observation, action, reward, value, log-probability, advantage or return is NaN or
                 infinite; the message names which, the environment and the step. The policy is unchanged and the
                 next ``learn`` resets the environments. An observation of which the policy makes finite values and
-                gradients passes. Also if ``n_steps`` or ``batch_size`` has become impossible.
+                gradients passes. If a parameter or σ of the policy is not finite, or σ is zero, the message names
+                that instead. Also if ``n_steps`` or ``batch_size`` has become impossible.
         """
         start = time.perf_counter()
         if self._rollout_size() != self._checked_size:
@@ -198,14 +210,19 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             try:
                 completed = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
             except Exception as error:
-                # A policy that refuses NaN says nothing of where it came from.
+                # A policy that refuses NaN says nothing of where it came from: itself, or what it saw.
                 try:
+                    check_policy(self.policy)
                     check_observation(self._last_obs, step=rollout_buffer.pos)
                 except ValueError as located:
                     raise located from error
                 raise
             if completed:
-                check_rollout(rollout_buffer, self._last_obs, lambda: self._learns_from(rollout_buffer))
+                try:
+                    check_rollout(rollout_buffer, self._last_obs, lambda: self._learns_from(rollout_buffer))
+                except ValueError:
+                    check_policy(self.policy)  # which may be what made all the rest not finite
+                    raise
         except ValueError:
             self._last_obs = None
             raise
@@ -218,7 +235,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _learns_from(self, buffer: RolloutBuffer) -> bool:
         """Whether the policy has finite gradients at the observations that are not finite themselves."""
-        with torch.enable_grad(), consistent_evaluation(self.policy):
+        with torch.inference_mode(False), torch.enable_grad(), consistent_evaluation(self.policy):
             batch = whole_rollout(buffer, self.action_space)
             for part in batch[batch.not_finite].split(PROBED):
                 try:
@@ -268,7 +285,11 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             reset_num_timesteps: As in SB3.
             progress_bar: As in SB3.
             **kwargs: What a parent class of sb3-contrib takes beyond these.
+
+        Raises:
+            RuntimeError: See `train`.
         """
+        check_trainable(self.policy)
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -282,10 +303,19 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction.
 
+        Gradients are taken whatever the caller has switched off: within ``torch.no_grad`` and
+        ``torch.inference_mode`` too.
+
         Raises:
-            RuntimeError: If the buffer is not full.
+            RuntimeError: If the buffer is not full, or the policy was made within ``torch.inference_mode``: such
+                parameters have no gradients.
         """
+        with torch.inference_mode(False), torch.enable_grad():
+            self._train()
+
+    def _train(self) -> None:
         check_full(self.rollout_buffer)
+        check_trainable(self.policy)
         record: dict[str, float] = {}
         try:
             states = self._checkpoints()
@@ -333,19 +363,26 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _report_rejection(self, reason: str) -> None:
         """Tell the user why an update was rejected: each reason once, and a warning when it goes on."""
-        if reason not in self._reported_rejections:
-            self._reported_rejections.append(reason)
-            if self.verbose >= 1:
-                print(f"{type(self).__name__}: update rejected, the policy is unchanged: {reason}.")
+        self._tell_once("update rejected, the policy is unchanged", reason)
         self._rejections_in_a_row += 1
         if self._rejections_in_a_row == REJECTIONS_BEFORE_WARNING:
             warnings.warn(
-                f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. The usual "
-                "cures: a smaller `target_kl`, more `cg_damping`, a larger batch (`n_steps`), and rewards of the order "
-                "of one (VecNormalize).",
+                f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. "
+                + CURES.get(reason, f"The usual cures: {self._cures()}."),
                 UserWarning,
                 stacklevel=3,
             )
+
+    def _cures(self) -> str:
+        """What a user may change, among the arguments of this class, where updates are rejected."""
+        return "a larger batch (`n_steps`), and rewards of the order of one (VecNormalize)"
+
+    def _tell_once(self, event: str, reason: str) -> None:
+        """Print what happened and why, the first time that it happens for this reason."""
+        if reason not in self._reported_rejections:
+            self._reported_rejections.append(reason)
+            if self.verbose >= 1:
+                print(f"{type(self).__name__}: {event}: {reason}.")
 
     def _report_success(self) -> None:
         self._rejections_in_a_row = 0

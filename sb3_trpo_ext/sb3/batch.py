@@ -144,10 +144,11 @@ class Batch:
 
     def with_normalized_advantages(self) -> Batch:
         """(Â - mean) / std over the samples of positive weight, with the unbiased standard deviation."""
-        mean = self.mean(self.advantages)
+        centred = self.advantages - self.mean(self.advantages)
+        centred = centred - self.mean(centred)  # what rounding left of a mean that is large beside the differences
         count = (self.weights > 0).sum()
-        variance = self.mean((self.advantages - mean).square()) * count / (count - 1)
-        return replace(self, advantages=(self.advantages - mean) / (variance.sqrt() + 1e-8))
+        variance = self.mean(centred.square()) * count / (count - 1)
+        return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
 
 
 class SharedSwitch:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,11 +21,18 @@ from sb3_trpo_ext.core.trust_region import Restorable
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
-from sb3_trpo_ext.sb3.checks import check_integer, check_minibatches, check_number, check_rollout_size
+from sb3_trpo_ext.sb3.checks import (
+    check_integer,
+    check_minibatches,
+    check_number,
+    check_rollout_size,
+    check_schedule,
+)
 from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
 from sb3_trpo_ext.sb3.parameters import PolicyCheckpoint, gradient, trainable
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.signal import NO_SIGNAL, has_signal, without_noise
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
@@ -144,10 +151,14 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             )
         for name in ("batch_size", "n_epochs"):
             check_integer(name, getattr(self, name))
-        if isinstance(self.clip_range_vf, (int, float)) and not self.clip_range_vf > 0:
-            raise AssertionError(
-                f"`clip_range_vf` must be positive, got {self.clip_range_vf}; pass `None` to deactivate value clipping."
-            )
+        if isinstance(self.clip_range_vf, (int, float)):
+            if not self.clip_range_vf > 0:
+                raise AssertionError(
+                    f"`clip_range_vf` must be positive, got {self.clip_range_vf}; pass `None` to deactivate value "
+                    "clipping."
+                )
+        elif self.clip_range_vf is not None:
+            check_schedule("clip_range_vf", self.clip_range_vf, hint="Pass None to switch value clipping off.")
         if self.max_kl is not None:
             check_number("max_kl", self.max_kl, positive=True, hint="Pass None for no bound.")
         if self.env is not None:
@@ -168,10 +179,16 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """Whether the sampled KL estimate of a minibatch ends the update before its step."""
         return False
 
+    def _cures(self) -> str:
+        bound = "" if self.max_kl is None else "a larger `max_kl`, "
+        return f"{bound}a smaller `learning_rate`, a smaller `max_grad_norm`, {super()._cures()}"
+
     def _update(self) -> dict[str, float]:
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
-            batch = whole_rollout(self.rollout_buffer, self.action_space)
+            batch = without_noise(whole_rollout(self.rollout_buffer, self.action_space), self.rollout_buffer)
+            if not has_signal(batch):
+                self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             problem = self._problem(batch)
             ascent = self._epochs(problem, self._prepared(batch, problem))
         self._report_rejection(ascent.reason) if ascent.reason else self._report_success()
@@ -252,9 +269,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
         records: list[Tensor] = []
-        within_target = True
+        within_target, silent = True, not has_signal(batch)
         with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
             for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+                if silent:  # a buffer of another kind deals out its own advantages
+                    part = replace(part, advantages=torch.zeros_like(part.advantages))
                 loss, record = self._loss_on(part)
                 records.append(record)
                 if self._exceeds_target(record[0], epoch):

@@ -16,8 +16,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor, nn
 
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.trust_region import Checkpoint
+from sb3_trpo_ext.core.conjugate_gradient import CGResult, conjugate_gradient
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct
+from sb3_trpo_ext.core.trust_region import Checkpoint, boundary_curvature
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward
@@ -29,14 +30,21 @@ from sb3_trpo_ext.sb3.checks import (
     check_radius,
     check_rollout_size,
     check_samples,
+    check_share,
 )
 from sb3_trpo_ext.sb3.critic import AdamCritic, Critic, GaussNewtonCritic
 from sb3_trpo_ext.sb3.device import affordable_samples, check_interval
+from sb3_trpo_ext.sb3.parameters import leave_gradients
 from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep, StepAlong
 
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
+
+MIN_RADIUS_USED = 0.6
+"""The share of the trust region that damping leaves a step over discrete actions: half of δ, and room for the error of
+the quadratic model."""
 
 
 class NaturalGradientAlgorithm(TrustRegionAlgorithm):
@@ -81,6 +89,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         curvature_samples: int | None = 512,
         fisher_chunk_size: int | Literal["auto"] | None = "auto",
         cg_residual_tol: float = 0.03,
+        min_radius_used: float | Literal["auto"] = "auto",
         gae_lambda: float = 0.95,
         ent_coef: float | Schedule = 0.0,
         use_sde: bool = False,
@@ -126,6 +135,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
         self.cg_residual_tol = cg_residual_tol
+        self.min_radius_used = min_radius_used
         self.sub_sampling_factor = sub_sampling_factor
         self.curvature_samples = curvature_samples
         self.fisher_chunk_size = fisher_chunk_size
@@ -150,6 +160,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
             check_number(name, getattr(self, name))
+        if self.min_radius_used != "auto":
+            check_share("min_radius_used", self.min_radius_used, hint="Pass 'auto' to choose by the action space.")
         check_samples("curvature_samples", self.curvature_samples)
         if self.fisher_chunk_size not in ("auto", None):
             check_integer(
@@ -212,12 +224,13 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             with timed(record, "time/policy_s"):
                 batch = whole_rollout(self.rollout_buffer, self.action_space)
                 chunk_size = self._chunk_size(batch)
-                seen = self._seen_by_policy(batch, chunk_size)
+                seen = without_noise(self._seen_by_policy(batch, chunk_size), self.rollout_buffer)
                 step = self._policy_step(
                     seen.with_normalized_advantages() if self.normalize_advantage else seen, chunk_size
                 )
             with timed(record, "time/critic_s"):
                 record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
+        leave_gradients(self.policy, step.gradients)
 
         if step.reason:
             self._report_rejection(step.reason)
@@ -225,6 +238,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             self._report_success()
         self._n_updates += 1
         return record | self._described(step)
+
+    def _cures(self) -> str:
+        return f"a smaller `target_kl`, more `cg_damping`, {super()._cures()}"
 
     def _described(self, step: PolicyStep) -> dict[str, float]:
         """What to log of a step."""
@@ -261,13 +277,15 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         problem = PolicyProblem(self.policy, batch, ent_coef=self.entropy_weight(), chunk_size=chunk_size)
         gradients = problem.gradients()
         if not gradients:
-            return PolicyStep(frozenset(), problem.start, reason="the policy has no trainable parameter")
-        params, gradient = list(gradients), flatten(list(gradients.values()))
+            return PolicyStep({}, problem.start, reason=NO_PARAMETER)
+        if not has_signal(batch) and not self.entropy_weight():
+            return PolicyStep(gradients, problem.start, reason=NO_SIGNAL)
+        gradient = flatten(list(gradients.values()))
         if not bool(gradient.isfinite().all()):
-            return PolicyStep(frozenset(params), problem.start, reason="the gradient of the surrogate is not finite")
+            return PolicyStep(gradients, problem.start, reason="the gradient of the surrogate is not finite")
 
         with explained_double_backward():
-            return self._ascend(gradient, partial(self._step_along, problem, params, gradient))
+            return self._ascend(gradient, partial(self._step_along, problem, gradients, gradient))
 
     def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
         """Take the step that `_step_along` makes of a vector: here of the gradient."""
@@ -276,33 +294,38 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _step_along(
         self,
         problem: PolicyProblem,
-        params: list[nn.Parameter],
+        gradients: Mapping[nn.Parameter, Tensor],
         gradient: Tensor,
         vector: Tensor,
         *,
         whole: bool = False,
     ) -> PolicyStep:
         """A step along F⁻¹v, the full one only if ``whole``; the parameters are restored if it is rejected."""
-        actor = frozenset(params)
+        params = list(gradients)
+        fisher = problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(problem.size))
         solution = conjugate_gradient(
-            problem.fisher(params, self.cg_damping * self._action_dimensions(), self._fisher_samples(problem.size)),
+            fisher,
             vector,
             max_steps=self.cg_max_steps,
             residual_tol=self.cg_residual_tol,
             check_every=check_interval(vector),
         )
         if not 0 < solution.curvature < math.inf:
-            reason = f"conjugate gradients found no direction ({solution.stop})"
-            return PolicyStep(actor, problem.start, cg_steps=solution.steps, reason=reason)
+            zero = solution.stop == "zero right-hand side"
+            reason = NO_GRADIENT if zero else f"conjugate gradients found no direction ({solution.stop})"
+            return PolicyStep(gradients, problem.start, cg_steps=solution.steps, reason=reason)
 
         slope = float(gradient.dot(solution.solution))
         theta_old, checkpoint = flatten(params).detach(), Checkpoint(params)
-        move = self._move(problem, Direction(params, theta_old, solution.solution, slope, solution.curvature, whole))
+        boundary = self._boundary_curvature(fisher, solution)
+        move = self._move(
+            problem, Direction(params, theta_old, solution.solution, slope, solution.curvature, boundary, whole)
+        )
         if move.evaluation is None:
             checkpoint.restore()
         evaluation = move.evaluation or problem.start
         return PolicyStep(
-            actor,
+            gradients,
             evaluation,
             step_size=move.fraction * move.step_size,
             fraction=move.fraction,
@@ -312,6 +335,20 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             cg_residual=solution.residual,
             reason=move.reason,
         )
+
+    def _boundary_curvature(self, fisher: GaussNewtonProduct, solution: CGResult) -> float:
+        """What the boundary of the trust region is measured with: xᵀ(F + λI)x, or less; see ``min_radius_used``."""
+        least = self._min_radius_used()
+        if not least:
+            return solution.curvature
+        undamped = fisher.undamped_curvature(solution.solution, solution.curvature)
+        return boundary_curvature(solution.curvature, undamped, least)
+
+    def _min_radius_used(self) -> float:
+        """What ``min_radius_used="auto"`` stands for here, or ``min_radius_used`` itself."""
+        if self.min_radius_used != "auto":
+            return float(self.min_radius_used)
+        return 0.0 if isinstance(self.action_space, spaces.Box) else MIN_RADIUS_USED
 
     @abstractmethod
     def _move(self, problem: PolicyProblem, direction: Direction) -> Move:

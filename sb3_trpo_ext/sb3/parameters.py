@@ -1,6 +1,6 @@
 """Which parameters an output reaches: told by the graph, never by a name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -41,6 +41,17 @@ def gradient(
             for before, grad in zip(total, grads, strict=True)
         ]
     return {param: grad for param, grad in zip(params, total, strict=True) if grad is not None}
+
+
+def leave_gradients(module: nn.Module, ascent: Mapping[nn.Parameter, Tensor]) -> None:
+    """Leave the gradient of a loss in ``param.grad``, as a backward pass would, for those who log its norm.
+
+    Args:
+        module: Its parameters that are not in ``ascent`` get None.
+        ascent: The gradient of the objective, minus the loss, by parameter.
+    """
+    for param in module.parameters():
+        param.grad = -ascent[param] if param in ascent else None
 
 
 class PolicyCheckpoint(Checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,8 @@ class Direction:
         theta_old: Their values at the start, ``(P,)``.
         x: The direction, ``(P,)``.
         slope: gᵀx, which the objective gains a unit of step size to first order.
-        curvature: xᵀFx > 0.
+        curvature: xᵀFx > 0, damping included.
+        boundary_curvature: What the boundary of the trust region is measured with; see `core.trust_region`.
         whole: Whether a line search may take the full step only, not a fraction of it.
     """
 
@@ -29,6 +31,7 @@ class Direction:
     x: Tensor
     slope: float
     curvature: float
+    boundary_curvature: float
     whole: bool = False
 
     def go_to(self, step_size: float) -> None:
@@ -58,7 +61,7 @@ class PolicyStep:
     """What one policy step did.
 
     Attributes:
-        actor: The parameters that the policy's output reaches.
+        gradients: ∇L at θ_old for each parameter that the policy's output reaches.
         evaluation: The policy that the step leaves, on its batch.
         step_size: The step in multiples of x ≈ F⁻¹g, as accepted; 0 if rejected.
         fraction: Accepted fraction of the full step; 0 if rejected.
@@ -70,7 +73,7 @@ class PolicyStep:
         reason: Why the step was rejected; empty if it was accepted.
     """
 
-    actor: frozenset[nn.Parameter]
+    gradients: Mapping[nn.Parameter, Tensor]
     evaluation: PolicyEvaluation
     step_size: float = 0.0
     fraction: float = 0.0
@@ -80,6 +83,11 @@ class PolicyStep:
     cg_residual: float = 0.0
     momentum: float = 0.0
     reason: str = ""
+
+    @property
+    def actor(self) -> frozenset[nn.Parameter]:
+        """The parameters that the policy's output reaches."""
+        return frozenset(self.gradients)
 
 
 class StepAlong(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -62,8 +62,9 @@ class PPOClip(FirstOrderAlgorithm):
         max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
             back, optimiser included, and ends the update. None for no bound.
         fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
-            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks in a third of the time.
-            False collects by SB3's own loop.
+            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
+            the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat
+            longer; False is SB3's own loop.
         _init_setup_model: Build the networks at construction.
 
     Raises:
@@ -103,7 +104,7 @@ class PPOClip(FirstOrderAlgorithm):
         _init_setup_model: bool = True,
         *,
         max_kl: float | None = None,
-        fast_rollouts: bool = True,
+        fast_rollouts: bool | Literal["exact"] = True,
     ) -> None:
         super().__init__(
             policy,

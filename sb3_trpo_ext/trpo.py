@@ -136,8 +136,9 @@ class TRPO(NaturalGradientAlgorithm):
         line_search_accept_ratio: Fraction in [0, 1) of the predicted improvement that a step must bring; 0 accepts
             any improvement.
         fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
-            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks in a third of the time.
-            False collects by SB3's own loop.
+            (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
+            the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat
+            longer; False is SB3's own loop.
         _init_setup_model: Build the networks at construction.
 
     Raises:
@@ -189,7 +190,7 @@ class TRPO(NaturalGradientAlgorithm):
         cg_residual_tol: float = 0.03,
         min_radius_used: float | Literal["auto"] = "auto",
         line_search_accept_ratio: float = 0.0,
-        fast_rollouts: bool = True,
+        fast_rollouts: bool | Literal["exact"] = True,
         **unexpected: NoReturn,
     ) -> None:
         super().__init__(

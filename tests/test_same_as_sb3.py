@@ -245,7 +245,7 @@ def collected(
 def check_same(algorithm: Any, *args: Any, peer: Any = None, callbacks: Any = None, **options: Any) -> None:
     """Train by the fast path and by SB3's and compare everything, to the last bit."""
     first, second = callbacks or (None, None)
-    ours = collected(algorithm, *args, callback=first, fast_rollouts=True, **options)
+    ours = collected(algorithm, *args, callback=first, fast_rollouts="exact", **options)
     slow = {"fast_rollouts": False} if peer is None else {}
     options.pop("expect", None)
     theirs = collected(peer or algorithm, *args, callback=second, expect=None, **slow, **options)
@@ -295,7 +295,7 @@ def test_ppo_clip_is_ppo(action: str, n_envs: int) -> None:
 def test_recurrent_ppo_clip_is_recurrent_ppo() -> None:
     """Their updates sum over padding in different orders, so that parameters differ in the last bits."""
     spaces_of = OBSERVATIONS["vector"], ACTION_SPACES["box"]
-    ours = collected(RecurrentPPOClip, *spaces_of, 2, rollouts=1)
+    ours = collected(RecurrentPPOClip, *spaces_of, 2, rollouts=1, fast_rollouts="exact")
     theirs = collected(RecurrentPPO, *spaces_of, 2, rollouts=1, expect=None)
     for mine, peer in zip(ours.pop("parameters"), theirs.pop("parameters"), strict=True):
         torch.testing.assert_close(mine, peer, rtol=0, atol=1e-5)
@@ -380,7 +380,7 @@ def test_choices_are_those_of_torchs_multinomial(scale: float, masked: bool) -> 
         masks[:, 3] = True
     distribution = MaskableMultiCategoricalDistribution([4, 3]).proba_distribution(outputs)
     distribution.apply_masking(masks)
-    sampler = CategoricalSampler(outputs, (4, 3), single=False)
+    sampler = CategoricalSampler(outputs, (4, 3), single=False, exact=True)
     torch.manual_seed(1)
     expected = [distribution.sample().numpy() for _ in range(3000)]
     state = torch.get_rng_state()
@@ -395,7 +395,7 @@ def test_choices_are_quick_where_they_are_clear(monkeypatch: pytest.MonkeyPatch)
     original = CategoricalSampler._by_quotients
     monkeypatch.setattr(CategoricalSampler, "_by_quotients", lambda *a: quotients.append(a) or original(*a))
     torch.manual_seed(0)
-    sampler = CategoricalSampler(torch.randn(8, 5), (5,), single=True)
+    sampler = CategoricalSampler(torch.randn(8, 5), (5,), single=True, exact=True)
     for _ in range(2000):
         sampler.sample()
     assert len(quotients) < 20

@@ -8,7 +8,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -102,7 +102,12 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     }
 
     def __init__(
-        self, policy: str | type[ActorCriticPolicy], env: GymEnv | str, *, fast_rollouts: bool, **kwargs: Any
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        fast_rollouts: bool | Literal["exact"],
+        **kwargs: Any,
     ) -> None:
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
         self.fast_rollouts = fast_rollouts
@@ -126,6 +131,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
         check_spaces(self.observation_space, self.action_space)
+        if self.fast_rollouts not in (True, False, "exact"):
+            raise ValueError(f"`fast_rollouts` must be True, False or 'exact', got {self.fast_rollouts!r}.")
         check_integer("n_steps", self.n_steps)
         check_schedule("learning_rate", self.learning_rate)
         check_finite("ent_coef", self.ent_coef)

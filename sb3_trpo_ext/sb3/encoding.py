@@ -68,7 +68,7 @@ class Encoder:
 
 
 def _numbers(observations: Array, out: Array) -> None:
-    out[...] = observations.reshape(out.shape)
+    out[...] = observations if observations.ndim == 2 else observations.reshape(out.shape)
 
 
 def _sizes(space: spaces.Discrete | spaces.MultiDiscrete) -> list[int]:

@@ -78,6 +78,7 @@ class FastPolicy:
     Args:
         policy: SB3's or sb3-contrib's actor-critic policy.
         n_envs: E.
+        exact: Whether to round as torch does, in the last bits too.
 
     Attributes:
         features: What it sees, ``(E, F)``; written by `see`.
@@ -88,22 +89,22 @@ class FastPolicy:
         NotCoveredError: If any part of the policy could compute otherwise than plain layers would.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, n_envs: int) -> None:
-        self._policy = policy
+    def __init__(self, policy: ActorCriticPolicy, n_envs: int, *, exact: bool) -> None:
+        self._policy, self._exact = policy, exact
         self._is_as_it_was = _require_plain(policy)
         self._encoder = self._made_encoder()
         self.features = self._encoder.memory(n_envs)
         self._features_array = self.features.numpy()
         self._build(n_envs)
-        self._sampler = _sampler(policy, self.outputs)
+        self._sampler = _sampler(policy, self.outputs, exact)
 
     def _made_encoder(self) -> Encoder:
         return Encoder(self._policy.observation_space)
 
     def _build(self, n_envs: int) -> None:
         policy, extractor = self._policy, self._policy.mlp_extractor
-        self._actor = Mlp([extractor.policy_net, policy.action_net], self.features)
-        self._critic = Mlp([extractor.value_net, policy.value_net], self.features)
+        self._actor = Mlp([extractor.policy_net, policy.action_net], self.features, exact=self._exact)
+        self._critic = Mlp([extractor.value_net, policy.value_net], self.features, exact=self._exact)
         self.outputs, self.critic_input = self._actor.output, self.features
 
     def is_current(self, policy: ActorCriticPolicy) -> bool:
@@ -163,13 +164,13 @@ class FastRecurrentPolicy(FastPolicy):
         policy: Any = self._policy
         extractor = policy.mlp_extractor
         self._latent = torch.zeros(n_envs, policy.lstm_output_dim)
-        self._actor = Mlp([extractor.policy_net, policy.action_net], self._latent)
+        self._actor = Mlp([extractor.policy_net, policy.action_net], self._latent, exact=self._exact)
         self.outputs = self._actor.output
         head = [extractor.value_net, policy.value_net]
         self.critic_input = self._latent if policy.shared_lstm else torch.zeros_like(self._latent)
         if policy.critic is not None:
             self.critic_input, head = self.features, [policy.critic, *head]
-        self._critic = Mlp(head, self.critic_input)
+        self._critic = Mlp(head, self.critic_input, exact=self._exact)
         self._lstm_actor = LstmStep(policy.lstm_actor)
         self._lstm_critic = None if policy.lstm_critic is None else LstmStep(policy.lstm_critic)
 
@@ -212,7 +213,7 @@ class LstmStep:
         return output[0], (hidden, cell)
 
 
-def _sampler(policy: ActorCriticPolicy, outputs: Tensor) -> Sampler:
+def _sampler(policy: ActorCriticPolicy, outputs: Tensor, exact: bool) -> Sampler:
     distribution: Any = policy.action_dist
     if isinstance(distribution, DiagGaussianDistribution):
         return GaussianSampler(outputs, policy.log_std.detach())
@@ -220,7 +221,7 @@ def _sampler(policy: ActorCriticPolicy, outputs: Tensor) -> Sampler:
         return BernoulliSampler(outputs)
     single = isinstance(distribution, (CategoricalDistribution, MaskableCategoricalDistribution))
     sizes = [distribution.action_dim] if single else distribution.action_dims
-    return CategoricalSampler(outputs, tuple(int(size) for size in sizes), single=single)
+    return CategoricalSampler(outputs, tuple(int(size) for size in sizes), single=single, exact=exact)
 
 
 def _require_plain(policy: ActorCriticPolicy) -> Callable[[], bool]:

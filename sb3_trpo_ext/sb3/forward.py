@@ -1,8 +1,8 @@
-"""Forward passes through plain layers: torch's own numbers, without what a call of a module costs.
+"""Forward passes through plain layers, without what a call of a module costs.
 
-The products are torch's, because two libraries round a sum of products differently and a rollout is chaotic: another
-last bit of an action is another trajectory a hundred steps later. What is saved is everything else: no module is
-called, nothing is allocated, and what is not needed to act waits until many steps can be computed at once.
+No module is called, nothing is allocated, and what is not needed to act waits until many steps can be computed at once.
+A step's products are NumPy's, which are quickest for a few rows, or torch's own. The two add up in different orders and
+so differ in the last bits of float32, which is all that can tell a rollout from SB3's; with torch's nothing can.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Array = NDArray[Any]
 Activation = Callable[[Tensor], Tensor]
 """A map of numbers that writes into its argument."""
 
@@ -28,6 +31,12 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Activation]] = {
     nn.LeakyReLU: lambda module: lambda x: F.leaky_relu(x, module.negative_slope, inplace=True),  # type: ignore[arg-type]
     nn.Identity: lambda module: lambda x: x,
 }
+
+NUMPY: dict[type[nn.Module], Callable[[Array], Callable[[], Any]]] = {
+    nn.Tanh: lambda x: partial(np.tanh, x, x),
+    nn.ReLU: lambda x: partial(np.maximum, x, np.float32(0), x),
+}
+"""Activations that NumPy computes more quickly, as operations on an array."""
 
 ALIGNMENT = 4
 """Numbers of 32 bits in the 16 bytes at whose multiples NumPy and torch allocate memory."""
@@ -76,6 +85,7 @@ class Mlp:
     Args:
         modules: Linear layers and activations, a linear one first; `nn.Sequential` of them included.
         input: What a step reads, ``(E, F)``; integers where it is the indices of the ones in sums of one-hot vectors.
+        exact: Whether to round as torch does.
 
     Attributes:
         output: What a step writes, ``(E, out)``.
@@ -84,9 +94,9 @@ class Mlp:
         NotCoveredError: If there is another kind of layer.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], input: Tensor) -> None:
+    def __init__(self, modules: Sequence[nn.Module], input: Tensor, *, exact: bool) -> None:
         self._layers: list[Layer] = []
-        self._looked_up = not input.is_floating_point()
+        self._exact = exact
         for module in modules:
             for part in module if isinstance(module, nn.Sequential) else [module]:
                 if type(part) is nn.Linear:
@@ -106,11 +116,17 @@ class Mlp:
         out = torch.empty(len(x), layer.n_out)
         if not x.is_floating_point():
             self._operations.append(lambda: out.copy_(layer.looked_up(x)))
+        elif not self._exact:
+            array = out.numpy()
+            self._operations.append(partial(x.numpy().dot, layer.transposed.numpy(), array))
+            self._operations.append(partial(np.add, array, layer.bias.numpy()[None], array))
         elif len(x) == 1 and is_a_matrix_vector_product(layer.n_in, layer.n_out):
             self._operations.append(partial(torch.addmv, layer.bias, layer.weight, x[0], out=out[0]))
         else:
             self._operations.append(partial(torch.addmm, layer.bias, x, layer.transposed, out=out))
-        self._operations += [partial(activation, out) for activation in layer.activations]
+        for kind, activation in zip(layer.kinds, layer.activations, strict=True):
+            quick = not self._exact and kind in NUMPY
+            self._operations.append(NUMPY[kind](out.numpy()) if quick else partial(activation, out))
         self.output = out
 
     def step(self) -> None:
@@ -119,15 +135,14 @@ class Mlp:
             operation()
 
     def block(self, x: Tensor) -> Tensor:
-        """Outputs of T steps of R rows, ``(T, R, F)`` -> ``(T, R, out)``: the numbers of T single steps."""
+        """Outputs of T steps of R rows, ``(T, R, F)`` -> ``(T, R, out)``; if exact, the numbers of T single steps."""
         for layer in self._layers:
-            x = (
-                affine_block(x, layer)
-                if x.is_floating_point()
-                else layer.looked_up(x.flatten(0, 1)).view(*x.shape[:2], -1)
-            )
+            if not x.is_floating_point():
+                x = layer.looked_up(x.flatten(0, 1)).view(*x.shape[:2], -1)
+            else:
+                x = affine_block(x, layer) if self._exact else F.linear(x, layer.weight, layer.bias)
             for kind, activation in zip(layer.kinds, layer.activations, strict=True):
-                alike = rounds_alike_in_blocks(kind, x[0].numel())
+                alike = not self._exact or rounds_alike_in_blocks(kind, x[0].numel())
                 for part in [x] if alike else x:
                     activation(part)
         return x

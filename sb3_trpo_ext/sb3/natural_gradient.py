@@ -102,7 +102,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
-        fast_rollouts: bool = True,
+        fast_rollouts: bool | Literal["exact"] = True,
         **unexpected: NoReturn,
     ) -> None:
         self._refuse(unexpected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +16,10 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from sb3_trpo_ext.sb3.batch import SharedSwitch
 from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
 from sb3_trpo_ext.sb3.forward import NotCoveredError, aligned
 from sb3_trpo_ext.sb3.sampling import Array
@@ -24,6 +27,12 @@ from sb3_trpo_ext.sb3.watchers import is_idle, looks
 
 PENDING = 2**19
 """Numbers that may wait to be valued at the most, where one step does not have more."""
+
+ONE_THREAD = SharedSwitch(lambda: threadpool_limits(1, user_api="blas"))
+"""NumPy stands in for torch, and has one thread where torch has one.
+
+Its threads would wait for each other at every step on a machine that runs several trainings.
+"""
 
 OVERRIDABLE = ("add", "reset", "compute_returns_and_advantage")
 """Methods of a buffer that it could have of its own."""
@@ -85,18 +94,14 @@ class Pending:
         self.start = self.end
         self.actions, self.masks, self.timeouts = [], [], []
 
-    @property
-    def is_full(self) -> bool:
-        """Whether there is no room for another step."""
-        return self.end - self.start == self.room
-
 
 class FastRollout:
     """One rollout, written into SB3's own `RolloutBuffer` or `DictRolloutBuffer`.
 
     Environments, callbacks, buffer, logger and random generators get what SB3's ``collect_rollouts`` gives them. What
     nobody looks at before the end of a rollout (values, log-probabilities, bootstrapped rewards) is computed for many
-    steps at once, unless a callback of unknown class could look, or change the policy, at any step.
+    steps at once, unless a callback of unknown class could look, or change the policy, at any step. Where the model's
+    ``fast_rollouts`` is ``"exact"``, all is the same to the last bit, otherwise up to the rounding of products.
 
     Args:
         model: The algorithm that collects.
@@ -118,15 +123,22 @@ class FastRollout:
         if buffer.buffer_size != n_steps or buffer.n_envs != env.num_envs:
             raise NotCoveredError(f"a rollout buffer for {buffer.buffer_size} steps of {buffer.n_envs} environments")
         self._model, self._env, self._buffer, self._n_steps = model, env, buffer, n_steps
+        self._exact = model.fast_rollouts == "exact"
         space = model.action_space
         self._bounds = (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
+        self._reshaped = len(space.shape) != 1
         self._policy: FastPolicy | None = self._fast_policy()
 
     def _fast_policy(self) -> FastPolicy:
-        return FastPolicy(self._model.policy, self._env.num_envs)
+        return FastPolicy(self._model.policy, self._env.num_envs, exact=self._exact)
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer; False if the callback stopped the rollout."""
+        one_thread = not self._exact and torch.get_num_threads() == 1
+        with ONE_THREAD if one_thread else nullcontext():
+            return self._collect(callback)
+
+    def _collect(self, callback: BaseCallback) -> bool:
         model, buffer = self._model, self._buffer
         model.policy.set_training_mode(False)
         buffer.reset()
@@ -174,7 +186,7 @@ class FastRollout:
             if np.count_nonzero(names["dones"]):
                 self._note_timeouts(pending, step, names)
             self._store(step, names)
-            if pending.is_full:
+            if pending.end - pending.start == pending.room:
                 pending.value(buffer, model.gamma)
         pending.value(buffer, model.gamma)
         return True
@@ -228,7 +240,8 @@ class FastRollout:
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
-            actions = actions.reshape(len(actions), *model.action_space.shape)
+            if self._reshaped:
+                actions = actions.reshape(len(actions), *model.action_space.shape)
         names["actions"] = actions
         executed = self._executed(actions, names)
         names["new_obs"], names["rewards"], names["dones"], names["infos"] = self._env.step(executed)
@@ -358,7 +371,7 @@ class FastRecurrentRollout(FastRollout):
     name_of_done = "done_"
 
     def _fast_policy(self) -> FastPolicy:
-        return FastRecurrentPolicy(self._model.policy, self._env.num_envs)
+        return FastRecurrentPolicy(self._model.policy, self._env.num_envs, exact=self._exact)
 
     def _remember(self, policy: FastPolicy, names: dict[str, Any]) -> None:
         assert isinstance(policy, FastRecurrentPolicy)

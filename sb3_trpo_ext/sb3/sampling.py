@@ -5,6 +5,7 @@ Torch's generator is asked for the same draws, of the same shape and in the same
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -31,6 +32,7 @@ class Sampler(ABC):
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs, self._array = outputs, outputs.numpy()
+        self._flat = self._array.reshape(-1)
 
     @abstractmethod
     def sample(self, masks: Array | None = None) -> Array:
@@ -79,16 +81,18 @@ class BernoulliSampler(Sampler):
 class CategoricalSampler(Sampler):
     """argmax p / e with e from one exponential draw an option: what torch's ``multinomial`` does for a single sample.
 
-    The largest p / e is the largest log p - log e, for which p need not be normalised. Where another option comes so
-    close that rounding could tell them apart otherwise, the quotients themselves are computed, as torch does.
+    The largest p / e is the largest log p - log e, for which p need not be normalised. If the logits are exact, and
+    another option comes so close that rounding could tell them apart otherwise, the quotients themselves are computed,
+    as torch does.
 
     Args:
         outputs: Where the actor writes the logits, ``(E, K)``.
         sizes: Options of each choice.
         single: Whether there is one choice, without an axis of its own.
+        exact: Whether close calls are decided as torch decides them.
     """
 
-    def __init__(self, outputs: Tensor, sizes: tuple[int, ...], *, single: bool) -> None:
+    def __init__(self, outputs: Tensor, sizes: tuple[int, ...], *, single: bool, exact: bool) -> None:
         super().__init__(outputs)
         n_envs = len(outputs)
         ends = np.cumsum(sizes)
@@ -96,7 +100,7 @@ class CategoricalSampler(Sampler):
         self._draws = [torch.empty(n_envs, size) for size in sizes]
         self._arrays = [draw.numpy() for draw in self._draws]
         self._rows = np.arange(n_envs)
-        self._single = single
+        self._single, self._exact = single, exact
 
     def sample(self, masks: Array | None = None) -> Array:
         """Draw ``(E,)`` or ``(E, choices)``, integers."""
@@ -108,12 +112,15 @@ class CategoricalSampler(Sampler):
             draw.exponential_()
             scores = logits[:, part] - np.log(array)
             best = scores.argmax(axis=1)
-            top = scores[self._rows, best]
-            small = top.dot(top) < LARGE**2  # false for NaN too
-            if not small or np.count_nonzero(scores > top[:, None] - CLOSE) != len(scores):
+            if not math.isfinite(self._flat.dot(self._flat)) or (self._exact and self._is_close(scores, best)):
                 best = self._by_quotients(masks, part, draw)
             chosen.append(best)
         return chosen[0] if self._single else np.stack(chosen, axis=1)
+
+    def _is_close(self, scores: Array, best: Array) -> bool:
+        """Whether rounding could make another option the best one."""
+        top = scores[self._rows, best]
+        return not top.dot(top) < LARGE**2 or np.count_nonzero(scores > top[:, None] - CLOSE) != len(scores)
 
     def _by_quotients(self, masks: Array | None, part: slice, draw: Tensor) -> Array:
         """What torch does, and the error that it raises where there is no distribution."""

@@ -61,7 +61,7 @@ class LeanDummyVecEnv(DummyVecEnv):
 
 def _copied(infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A copy, deep but for immutable values."""
-    if len(infos) != len(set(map(id, infos))):
+    if len(infos) > 1 and len(infos) != len(set(map(id, infos))):
         return copy.deepcopy(infos)
     memo: dict[int, Any] = {}
     return [

@@ -38,6 +38,7 @@ class Encoder:
     """
 
     def __init__(self, space: spaces.Space, *, by_index: bool = True) -> None:
+        self._flat = len(space.shape or ()) == 1
         parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
         self._writers: list[tuple[Any, slice, Writer]] = []
         self.dtype, self.width = torch.float32, 0
@@ -60,6 +61,11 @@ class Encoder:
     def memory(self, *shape: int) -> Tensor:
         """Room for features, ``(*shape, F)``."""
         return torch.zeros(*shape, self.width, dtype=self.dtype)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether features are the observations as they are, ``(N, F)``."""
+        return len(self._writers) == 1 and self._writers[0][::2] == (None, _numbers) and self._flat
 
     def write(self, observations: Any, out: Array) -> None:
         """Write the features of observations ``(N, ...)``, or a dict of them, into an array ``(N, F)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,8 @@ class FastPolicy:
         self._encoder = self._made_encoder()
         self.features = self._encoder.memory(n_envs)
         self._features_array = self.features.numpy()
+        if self._encoder.is_copy:
+            self.see = partial(np.copyto, self._features_array)  # type: ignore[method-assign]
         self._build(n_envs)
         self._sampler = _sampler(policy, self.outputs, exact)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from sb3_trpo_ext.sb3.batch import SharedSwitch
@@ -28,7 +29,9 @@ from sb3_trpo_ext.sb3.watchers import is_idle, looks
 PENDING = 2**19
 """Numbers that may wait to be valued at the most, where one step does not have more."""
 
-ONE_THREAD = SharedSwitch(lambda: threadpool_limits(1, user_api="blas"))
+_libraries = cache(ThreadpoolController)  # to look for them takes a millisecond
+
+ONE_THREAD = SharedSwitch(lambda: _libraries().limit(limits=1, user_api="blas"))
 """NumPy stands in for torch, and has one thread where torch has one.
 
 Its threads would wait for each other at every step on a machine that runs several trainings.
@@ -116,6 +119,9 @@ class FastRollout:
     buffers: ClassVar[tuple[type[RolloutBuffer], ...]] = (RolloutBuffer, DictRolloutBuffer)
     name_of_done: ClassVar[str] = "done"
     """The name in ``locals`` of whether the last environment is done."""
+    shows_clipped_actions: ClassVar[bool] = True
+    asks_before_acting: ClassVar[bool] = False
+    """Whether there are masks to be asked for, or a memory that has to see what the policy sees."""
 
     def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int) -> None:
         if type(buffer) not in self.buffers or any(name in vars(buffer) for name in OVERRIDABLE):
@@ -153,6 +159,7 @@ class FastRollout:
         callback.on_rollout_start()
         self._rows = _by_step(buffer.observations, model._last_obs)
         self._actions = buffer.actions.reshape(self._n_steps, self._env.num_envs, *model.action_space.shape)
+        self._rewards, self._episode_starts = buffer.rewards, buffer.episode_starts
         loop = self._watched if looks(callback) or not self._is_current() else self._unwatched
         if not loop(callback, names):
             return False
@@ -172,8 +179,7 @@ class FastRollout:
         pending, idle = Pending(policy, self._n_steps), is_idle(callback)
         for step in range(self._n_steps):
             policy.see(model._last_obs)
-            self._remember(policy, names)
-            masks = self._masks(names)
+            masks = self._masks(names) if self.asks_before_acting else None
             actions = policy.act(masks)
             pending.note(actions, masks)
             self._step(actions, names)
@@ -226,49 +232,46 @@ class FastRollout:
             return actions.cpu().numpy(), values, log_probs
         policy = self._policy
         policy.see(self._model._last_obs)
-        self._remember(policy, names)
-        masks = self._masks(names)
+        masks = self._masks(names) if self.asks_before_acting else None
         drawn = policy.act(masks)
         log_probs = policy.log_prob(policy.outputs.clone(), torch.from_numpy(drawn), masks)
         return drawn, policy.value(), log_probs
 
     def _step(self, actions: Array, names: dict[str, Any]) -> None:
         """Act in all environments."""
-        model = self._model
+        executed = actions
         if self._bounds is not None:
             flat = actions.reshape(-1)
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
                 raise ValueError("The policy's action is not finite.")
             if self._reshaped:
-                actions = actions.reshape(len(actions), *model.action_space.shape)
+                actions = actions.reshape(len(actions), *self._model.action_space.shape)
+            if self._policy is None and self._model.policy.squash_output:
+                executed = self._model.policy.unscale_action(actions)
+            else:
+                low, high = self._bounds
+                executed = np.minimum(np.maximum(actions, low), high)
         names["actions"] = actions
-        executed = self._executed(actions, names)
+        if self.shows_clipped_actions:
+            names["clipped_actions"] = executed
         names["new_obs"], names["rewards"], names["dones"], names["infos"] = self._env.step(executed)
-        model.num_timesteps += self._env.num_envs
-
-    def _executed(self, actions: Array, names: dict[str, Any]) -> Array:
-        """The actions that the environments are given."""
-        if self._bounds is not None:
-            low, high = self._bounds
-            squashed = self._policy is None and self._model.policy.squash_output
-            actions = (
-                self._model.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
-            )
-        names["clipped_actions"] = actions
-        return actions
+        self._model.num_timesteps += self._env.num_envs
 
     def _store(self, step: int, names: dict[str, Any]) -> None:
         """Write the step into the buffer and move on."""
-        model, buffer = self._model, self._buffer
-        model._update_info_buffer(names["infos"], names["dones"])
-        for key, rows in self._rows:
-            rows[step] = model._last_obs if key is None else model._last_obs[key]
+        model, dones = self._model, names["dones"]
+        model._update_info_buffer(names["infos"], dones)
+        if isinstance(self._rows, dict):
+            for key, rows in self._rows.items():
+                rows[step] = model._last_obs[key]
+        else:
+            self._rows[step] = model._last_obs
         self._actions[step] = names["actions"]
-        buffer.rewards[step] = names["rewards"]
-        buffer.episode_starts[step] = model._last_episode_starts
-        buffer.pos = step + 1
-        model._last_obs, model._last_episode_starts = names["new_obs"], names["dones"]
+        self._rewards[step] = names["rewards"]
+        self._episode_starts[step] = model._last_episode_starts
+        self._buffer.pos = step + 1
+        model._last_obs, model._last_episode_starts = names["new_obs"], dones
 
     def _bootstrap(self, names: dict[str, Any]) -> None:
         """Add the value of what would have followed where a time limit ended an episode."""
@@ -288,11 +291,8 @@ class FastRollout:
         """Prepare before the callback hears of the rollout."""
 
     def _masks(self, names: dict[str, Any]) -> Array | None:
-        """Which actions are allowed."""
+        """Which actions are allowed; a memory is brought up to date."""
         return None
-
-    def _remember(self, policy: FastPolicy, names: dict[str, Any]) -> None:
-        """Let the policy's memory see what was seen."""
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Call the policy as SB3 does."""
@@ -328,6 +328,8 @@ class FastMaskableRollout(FastRollout):
     """
 
     buffers = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+    shows_clipped_actions = False
+    asks_before_acting = True
 
     def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, use_masking: bool = True) -> None:
         super().__init__(model, env, buffer, n_steps)
@@ -346,9 +348,6 @@ class FastMaskableRollout(FastRollout):
             names["action_masks"] = get_action_masks(self._env)
         masks: Array | None = names["action_masks"]
         return masks
-
-    def _executed(self, actions: Array, names: dict[str, Any]) -> Array:
-        return actions
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         actions, values, log_probs = self._model.policy(names["obs_tensor"], action_masks=self._masks(names))
@@ -369,18 +368,20 @@ class FastRecurrentRollout(FastRollout):
 
     buffers = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
     name_of_done = "done_"
+    asks_before_acting = True
 
     def _fast_policy(self) -> FastPolicy:
         return FastRecurrentPolicy(self._model.policy, self._env.num_envs, exact=self._exact)
 
-    def _remember(self, policy: FastPolicy, names: dict[str, Any]) -> None:
+    def _masks(self, names: dict[str, Any]) -> Array | None:
+        policy, model = self._policy, self._model
         assert isinstance(policy, FastRecurrentPolicy)
-        model = self._model
         names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32)
         with torch.no_grad():
             names["lstm_states"] = policy.remember(
                 names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
             )
+        return None
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         model = self._model
@@ -426,11 +427,11 @@ def is_timeout(info: dict[str, Any]) -> bool:
     return info.get("terminal_observation") is not None and bool(info.get("TimeLimit.truncated", False))
 
 
-def _by_step(arrays: Any, observations: Any) -> list[tuple[Any, Array]]:
+def _by_step(arrays: Any, observations: Any) -> Any:
     """Views of a buffer's observations into which those of a step are written as they are."""
     if isinstance(arrays, dict):
-        return [(key, array.reshape(len(array), *observations[key].shape)) for key, array in arrays.items()]
-    return [(None, arrays.reshape(len(arrays), *observations.shape))]
+        return {key: _by_step(array, observations[key]) for key, array in arrays.items()}
+    return arrays.reshape(len(arrays), *observations.shape)
 
 
 def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:

@@ -60,7 +60,7 @@ class GaussianSampler(Sampler):
 
     def refresh(self) -> None:
         """Read σ again."""
-        self._std = self._log_std.exp().numpy()
+        self._std = self._log_std.exp().expand_as(self._noise).contiguous().numpy()  # NumPy need not broadcast
 
     def sample(self, masks: Array | None = None) -> Array:
         """Draw ``(E, A)``."""

@@ -27,6 +27,11 @@ class LeanDummyVecEnv(DummyVecEnv):
     what is read from its pickle, is a plain `DummyVecEnv`.
     """
 
+    def step(self, actions: np.ndarray) -> VecEnvStepReturn:
+        """Step each environment, without the detour through the asynchronous interface."""
+        self.actions = actions
+        return self.step_wait()
+
     def step_wait(self) -> VecEnvStepReturn:
         """Step each environment, and begin a new episode where one has ended."""
         rewards, dones, infos, actions = self.buf_rews, self.buf_dones, self.buf_infos, self.actions
@@ -72,7 +77,7 @@ def _copied(infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-OVERRIDABLE = ("step_async", "step_wait", "_save_obs", "_obs_from_buf")
+OVERRIDABLE = ("step", "step_async", "step_wait", "_save_obs", "_obs_from_buf")
 """Methods that an environment could have of its own."""
 
 

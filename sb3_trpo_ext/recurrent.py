@@ -83,14 +83,16 @@ class RecurrentRollouts(RecurrentPPO):
             self._last_lstm_states = RNNStates(*(tuple(map(torch.zeros_like, pair)) for pair in states))
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        """Collect as RecurrentPPO does, from hidden states of zero where an episode begins.
+        """Collect as RecurrentPPO does, from hidden states that are finite where an episode begins.
 
         sb3-contrib multiplies them by zero there, which a NaN would outlive.
         """
         begins = torch.as_tensor(self._last_episode_starts, device=self.device).bool()[None, :, None]
         states = self._last_lstm_states
         assert states is not None
-        self._last_lstm_states = RNNStates(*(tuple(torch.where(begins, 0.0, each) for each in pair) for pair in states))
+        self._last_lstm_states = RNNStates(
+            *(tuple(torch.where(begins & ~each.isfinite(), 0.0, each) for each in pair) for pair in states)
+        )
         return super().collect_rollouts(*args, **kwargs)
 
 

@@ -34,7 +34,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Activation]] = {
 
 NUMPY: dict[type[nn.Module], Callable[[Array], Callable[[], Any]]] = {
     nn.Tanh: lambda x: partial(np.tanh, x, x),
-    nn.ReLU: lambda x: partial(np.maximum, x, np.float32(0), x),
+    nn.ReLU: lambda x: partial(np.maximum, x, np.float32(0), out=x),
 }
 """Activations that NumPy computes more quickly, as operations on an array."""
 

@@ -188,7 +188,8 @@ class PolicyProblem:
                 self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
                 self._kl_is_sampled = isinstance(output.family, SampledFamily)
                 without_gradient = self._kl_is_sampled and not output.z.requires_grad
-            kl = output.family.kl(self._old[index], output.z.detach())
+            new = output.z.detach()
+            kl = new.new_zeros(len(new)) if at_start else output.family.kl(self._old[index], new)
             objective, entropy = self._terms(chunk, output.distribution)
             yield objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
         if without_gradient:

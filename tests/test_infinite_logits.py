@@ -151,7 +151,7 @@ def shifting(algorithm: Any, **kwargs: Any) -> Any:
 
 
 def test_a_penalty_of_zero_does_not_multiply_an_infinite_divergence() -> None:
-    options = {"batch_size": 64, "learning_rate": 3e-3, "kl_coef": 0.0, "kl_coef_bounds": (0.0, 1.0), "adaptive": False}
+    options = {"batch_size": 64, "learning_rate": 3e-3, "kl_coef": 0.0, "adaptive": False}
     model = shifting(PPOPenalty, **options)
     model.set_logger(Logger(None, []))
     model.learn(256 + 1)

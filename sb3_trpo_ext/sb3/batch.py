@@ -164,7 +164,7 @@ class SharedSwitch:
 
     def __init__(self, switched: Callable[[], AbstractContextManager[Any]]) -> None:
         self._switched = switched
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an interrupt as it is let go keeps it, which must not stop this thread
         self._users = 0
         self._undo = ExitStack()
 

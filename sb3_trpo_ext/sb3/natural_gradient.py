@@ -230,7 +230,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 )
             with timed(record, "time/critic_s"):
                 record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
-        leave_gradients(self.policy, step.gradients)
+        leave_gradients(step.gradients)
 
         if step.reason:
             self._report_rejection(step.reason)

@@ -95,9 +95,11 @@ class FlatOptimizer:
         else:
             for param in self._params:
                 param.grad = None
+        if not loss.requires_grad:  # nothing that it is made of can move
+            return True
         if not self._frozen:
             loss.backward()
-        elif self._params and loss.requires_grad:  # without what only the frozen ones need
+        elif self._params:  # without what only the frozen ones need
             loss.backward(inputs=self._params)
         reached = [param for param in self._params if param.grad is not None]
         if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
@@ -203,7 +205,7 @@ def _is_observed(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
 
 
 def _has_hooks(attributes: Mapping[str, Any]) -> bool:
-    return any(value and name.endswith("_hooks") and isinstance(value, dict) for name, value in attributes.items())
+    return any(name.endswith("_hooks") and isinstance(value, dict) and value for name, value in attributes.items())
 
 
 @cache

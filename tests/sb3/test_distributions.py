@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common import distributions as sb3
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
+from torch.nn import functional as F
 
 from sb3_trpo_ext import TRPO, Family, register_family
 from sb3_trpo_ext.core.vectors import flatten, unflatten
@@ -199,7 +200,8 @@ def test_kl_has_the_right_gradient_in_float32(kind: str, seed: int, spread: floa
     exact, point = new.double().requires_grad_(), new.requires_grad_()
     (expected,) = torch.autograd.grad(torch_kl(of_coordinates(kind, old), of_coordinates(kind, exact)), exact)
     (ours,) = torch.autograd.grad(family.kl(old, point), point)
-    assert float((ours - expected).norm()) <= 1e-3 * float(expected.norm())
+    rounding = torch.finfo(torch.float32).eps  # of the probabilities whose difference the gradient is
+    assert float((ours - expected).norm()) <= 1e-3 * float(expected.norm()) + rounding
 
 
 @settings(max_examples=300)
@@ -265,7 +267,8 @@ def test_coins_may_be_certain(old: float, new: float) -> None:
     kl = family.kl(z, point)
     (slope,) = torch.autograd.grad(kl.sum(), point)
     assert float(kl.detach()) >= 0
-    assert math.isinf(float(kl.detach())) == (math.isinf(new) and new != old)
+    ruled_out = float(F.logsigmoid(torch.tensor(-math.copysign(1, new) * old)).exp())  # what float32 knows of it
+    assert math.isinf(float(kl.detach())) == (math.isinf(new) and ruled_out > 0)
     assert bool(slope.isfinite().all())
     assert bool(family.metric(z, torch.ones(1, 1)).isfinite().all())
     assert float(family.kl(z, z)) == 0

@@ -26,7 +26,9 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
@@ -627,3 +629,183 @@ def test_an_observation_outside_of_its_space_is_not_taken_for_another() -> None:
     model = TRPO("MlpPolicy", Lost(spaces.Discrete(5)), n_steps=8, device="cpu")
     with pytest.raises(ValueError, match="outside of its space"):
         model.learn(8)
+
+
+class Scribbler(Listener):
+    """Writes into the action that it is given."""
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        if isinstance(action, np.ndarray) and action.ndim:
+            action[...] = 1 - action
+        return result
+
+
+class TwoAxes(Listener):
+    """Says what is allowed by masks with an axis of their own for each choice."""
+
+    def action_masks(self) -> np.ndarray:
+        return super().action_masks().reshape(-1, 2)
+
+
+class Squashing(ActorCriticPolicy):
+    """Says that its actions lie in [-1, 1] and are to be brought to the bounds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._squash_output = True
+
+
+class OtherExtractor(FlattenExtractor):
+    def forward(self, observations: Tensor) -> Tensor:
+        return 2 * super().forward(observations)
+
+
+def rewards_as(dtype: Any) -> Any:
+    class Converted(VecEnvWrapper):
+        def reset(self) -> Any:
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = self.venv.step_wait()
+            return observations, (10 * rewards).astype(dtype), dones, infos
+
+    return Converted
+
+
+def played(
+    fast: Any, kind: Any = Listener, algorithm: Any = TRPO, action: str = "box", change: Any = None, **options: Any
+) -> Any:
+    """A model after a rollout of an unusual environment or policy, and what the environments heard."""
+    listeners: list[Any] = []
+    wrap, policy = options.pop("wrap", lambda env: env), options.pop("policy", "MlpPolicy")
+
+    def env() -> gym.Env:
+        space = spaces.Box(np.array([1, -2, 0], np.float32), np.array([5, 3, 1], np.float32))
+        listeners.append(kind(OBSERVATIONS["vector"], space if action == "box" else ACTION_SPACES[action], 7))
+        return TimeLimit(listeners[-1], 5)
+
+    model = algorithm(
+        policy, wrap(make_vec_env(env, n_envs=2, seed=0)), n_steps=16, seed=0, device="cpu", fast_rollouts=fast
+    )
+    if change is not None:
+        change(model)
+    model.train = lambda: None
+    model.learn(32, callback=options.pop("watcher", lambda: None)(), **options)
+    return model.rollout_buffer, [listener.heard for listener in listeners]
+
+
+def check_same_play(**options: Any) -> None:
+    for fast in ("exact", True):
+        (ours, heard), (theirs, expected) = played(fast, **options), played(False, **options)
+        assert not differences(heard, expected, tolerance=2e-5)
+        for name in ("actions", "rewards", "values", "log_probs", "advantages"):
+            assert not differences(getattr(ours, name), getattr(theirs, name), name, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("action", ["multidiscrete", "multibinary"])
+def test_an_environment_may_write_into_its_action(action: str) -> None:
+    check_same_play(kind=Scribbler, action=action)
+
+
+def test_masks_may_have_several_axes() -> None:
+    check_same_play(kind=TwoAxes, algorithm=MaskableTRPO, action="multibinary")
+
+
+def test_actions_that_a_policy_says_it_squashes_are_brought_to_the_bounds() -> None:
+    check_same_play(policy=Squashing)
+
+
+def replace_the_shared_extractor(model: Any) -> None:
+    model.policy.features_extractor = OtherExtractor(model.observation_space)
+
+
+def keep_the_standard_deviation_in_a_buffer(model: Any) -> None:
+    value = model.policy.log_std.detach().clone()
+    del model.policy.log_std
+    model.policy.register_buffer("log_std", value - 0.5)
+
+
+def replace_sample(model: Any) -> None:
+    model.policy.action_dist.sample = model.policy.action_dist.mode
+
+
+@pytest.mark.parametrize(
+    "change", [replace_the_shared_extractor, keep_the_standard_deviation_in_a_buffer, replace_sample]
+)
+def test_a_policy_changed_where_torch_does_not_look(change: Any) -> None:
+    check_same_play(change=change)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float64])
+def test_rewards_are_bootstrapped_in_their_own_type(dtype: Any) -> None:
+    check_same_play(wrap=rewards_as(dtype))
+
+
+class Emptier(BaseCallback):
+    """Empties the buffer, or replaces an array of it, in the middle of a rollout."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+
+    def _on_step(self) -> bool:
+        buffer = self.model.rollout_buffer
+        if self.n_calls == 5:
+            if self.replaces:
+                buffer.rewards = buffer.rewards.copy()
+            else:
+                buffer.reset()
+        return True
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_buffer_that_a_callback_empties_is_not_full(replaces: bool) -> None:
+    check_same_play(watcher=lambda: Emptier(replaces))
+    buffer, _ = played(True, watcher=lambda: Emptier(replaces))
+    assert buffer.full == replaces
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e7])
+def test_logits_of_any_size_keep_their_probabilities(offset: float) -> None:
+    outputs = torch.full((4, 4), offset)
+    for exact in (True, False):
+        torch.manual_seed(0)
+        sampler = CategoricalSampler(outputs, (4,), single=True, exact=exact)
+        drawn = np.concatenate([sampler.sample() for _ in range(500)])
+        torch.manual_seed(0)
+        expected = [torch.distributions.Categorical(logits=outputs).sample().numpy() for _ in range(500)]
+        assert np.array_equal(drawn, np.concatenate(expected))
+
+
+def test_another_default_type_of_torch_changes_nothing() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        for fast in (True, "exact"):
+            assert played(fast, change=lambda model: model.policy.float())[0].full
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_error_of_an_environment_stays_its_own() -> None:
+    class Broken(Listener):
+        def step(self, action: Any) -> Any:
+            if len(self.heard) == 3:
+                raise KeyError("mine")
+            observation, *rest = super().step(action)
+            observation[0] = np.inf  # of which tanh makes one
+            return observation, *rest
+
+    for fast in (True, False):
+        with pytest.raises(KeyError, match="mine"):
+            played(fast, kind=Broken)
+
+
+def test_a_rollout_that_is_stopped_values_the_steps_that_it_stored() -> None:
+    class Limit(StopTrainingOnMaxEpisodes):
+        pass
+
+    for kind in (StopTrainingOnMaxEpisodes, Limit):
+        buffer, _ = played(True, watcher=lambda kind=kind: kind(2))
+        assert 0 < buffer.pos < 16
+        assert np.all(buffer.values[buffer.pos :] == 0) and np.all(buffer.values[: buffer.pos] != 0)

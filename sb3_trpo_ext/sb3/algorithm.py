@@ -217,6 +217,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             try:
                 completed = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
             except Exception as error:
+                if not _is_raised_by_a_policy(error):
+                    raise
                 # A policy that refuses NaN says nothing of where it came from: itself, or what it saw.
                 try:
                     check_policy(self.policy)
@@ -393,6 +395,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _report_success(self) -> None:
         self._rejections_in_a_row = 0
+
+
+def _is_raised_by_a_policy(error: Exception) -> bool:
+    """Whether it comes from torch or the code that acts, rather than from an environment or a callback."""
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        where, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return where.split(".")[0] in ("torch", "sb3_trpo_ext")
 
 
 @contextmanager

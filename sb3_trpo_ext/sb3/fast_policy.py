@@ -102,7 +102,8 @@ class FastPolicy:
         self._sampler = _sampler(policy, self.outputs, exact)
 
     def _made_encoder(self) -> Encoder:
-        return Encoder(self._policy.observation_space)
+        space = self._policy.observation_space
+        return Encoder(space, by_index=not self._exact or isinstance(space, spaces.Discrete))
 
     def _build(self, n_envs: int) -> None:
         policy, extractor = self._policy, self._policy.mlp_extractor
@@ -115,7 +116,7 @@ class FastPolicy:
         if policy is not self._policy or not self._is_as_it_was():
             return False
         if isinstance(self._sampler, GaussianSampler):
-            self._sampler.refresh()
+            self._sampler.refresh(policy.log_std.detach())
         return True
 
     def see(self, observations: Any) -> None:
@@ -166,7 +167,7 @@ class FastRecurrentPolicy(FastPolicy):
     def _build(self, n_envs: int) -> None:
         policy: Any = self._policy
         extractor = policy.mlp_extractor
-        self._latent = torch.zeros(n_envs, policy.lstm_output_dim)
+        self._latent = torch.zeros(n_envs, policy.lstm_output_dim, dtype=torch.float32)
         self._actor = Mlp([extractor.policy_net, policy.action_net], self._latent, exact=self._exact)
         self.outputs = self._actor.output
         head = [extractor.value_net, policy.value_net]
@@ -243,16 +244,30 @@ def _require_plain(policy: ActorCriticPolicy) -> Callable[[], bool]:
         raise NotCoveredError(f"{type(policy).__name__} has its own {own}")
     if type(policy.action_dist) not in DISTRIBUTIONS:
         raise NotCoveredError(f"action distribution {type(policy.action_dist).__name__}")
-    if any(param.device.type != "cpu" or param.dtype != torch.float32 for param in policy.parameters()):
-        raise NotCoveredError("parameters that are not float32 on the CPU")
-    for name, kinds in PARTS.items():
-        if type(getattr(policy, name, None)) not in kinds:
-            raise NotCoveredError(f"{name} of class {type(getattr(policy, name)).__name__}")
-    for extractor in (policy.pi_features_extractor, policy.vf_features_extractor):
-        _require_flattening(extractor, policy.observation_space)
+    for param in policy.parameters():
+        if param.device.type != "cpu" or param.dtype != torch.float32 or not param.is_contiguous():
+            raise NotCoveredError("parameters that are not float32, contiguous and on the CPU")
+    _require_plain_parts(policy)
     structure = Structure(policy)
     structure.require_unhooked()
     return structure.is_unchanged
+
+
+def _require_plain_parts(policy: ActorCriticPolicy) -> None:
+    """Raise `NotCoveredError` unless the modules of a policy are of the known classes, used as SB3 uses them."""
+    for name, kinds in PARTS.items():
+        if type(getattr(policy, name, None)) not in kinds:
+            raise NotCoveredError(f"{name} of class {type(getattr(policy, name)).__name__}")
+    if policy.share_features_extractor and not (
+        policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
+    ):
+        raise NotCoveredError("a features extractor that is shared in part")
+    for name in ("lstm_actor", "lstm_critic"):
+        lstm = getattr(policy, name, None)
+        if lstm is not None and (lstm.proj_size or lstm.bidirectional or lstm.batch_first):
+            raise NotCoveredError(f"{name} with options of its own")
+    for extractor in (policy.pi_features_extractor, policy.vf_features_extractor):
+        _require_flattening(extractor, policy.observation_space)
 
 
 def _require_flattening(extractor: nn.Module, space: spaces.Space) -> None:
@@ -270,8 +285,9 @@ class Structure:
         policy: The policy.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._policy = policy
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self._policy: Any = policy
+        self._distribution = policy.action_dist
         self._modules = list(policy.named_modules())
         tables = [table for _, module in self._modules for table in (module._modules, module._parameters)]
         self._sizes = [(table, len(table)) for table in tables]
@@ -282,6 +298,8 @@ class Structure:
         """Raise `NotCoveredError` if a hook or a replaced method could change what a module computes."""
         if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
             raise NotCoveredError("global forward hooks")
+        if any(map(callable, vars(self._distribution).values())):
+            raise NotCoveredError("an action distribution with methods of its own")
         for name in OVERRIDABLE:
             if name in vars(self._policy):
                 raise NotCoveredError(f"{type(self._policy).__name__} has its own {name}")
@@ -293,7 +311,8 @@ class Structure:
     def is_unchanged(self) -> bool:
         """Whether all is as it was; what the parameters hold may differ."""
         if not (
-            all(table.get(name) is part for table, name, part in self._entries)
+            self._policy.action_dist is self._distribution
+            and all(table.get(name) is part for table, name, part in self._entries)
             and all(len(table) == size for table, size in self._sizes)
             and all(param.data_ptr() == address for param, address in self._addresses)
         ):

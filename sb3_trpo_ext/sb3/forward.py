@@ -42,7 +42,7 @@ ALIGNMENT = 4
 """Numbers of 32 bits in the 16 bytes at whose multiples NumPy and torch allocate memory."""
 
 TRIALS = 32
-"""Blocks of random numbers on which two ways to compute a layer are compared."""
+"""Blocks of random numbers, at most, on which two ways to compute a layer are compared."""
 
 
 class NotCoveredError(Exception):
@@ -64,7 +64,7 @@ class Layer:
         self.activations: list[Activation] = []
         self.weight = linear.weight.detach()  # the parameter's own memory
         self.transposed = self.weight.t()
-        self.bias = torch.zeros(self.n_out) if linear.bias is None else linear.bias.detach()
+        self.bias = torch.zeros(self.n_out, dtype=torch.float32) if linear.bias is None else linear.bias.detach()
 
     def follow_by(self, module: nn.Module) -> None:
         """Append an activation."""
@@ -73,7 +73,7 @@ class Layer:
 
     def looked_up(self, ones: Tensor) -> Tensor:
         """Affine images of sums of one-hot vectors, from the indices of their ones: ``(N, K)`` -> ``(N, out)``."""
-        image = torch.zeros(())
+        image = torch.zeros((), dtype=torch.float32)
         for column in ones.T:
             image = image + self.weight.index_select(1, column).t()
         return image + self.bias
@@ -113,7 +113,7 @@ class Mlp:
     def _append(self, layer: Layer) -> None:
         """Let a step go through another layer, in memory that is allocated once."""
         x = self.output
-        out = torch.empty(len(x), layer.n_out)
+        out = torch.empty(len(x), layer.n_out, dtype=torch.float32)
         if not x.is_floating_point():
             self._operations.append(lambda: out.copy_(layer.looked_up(x)))
         elif not self._exact:
@@ -220,13 +220,14 @@ def rounds_alike_in_blocks(kind: type[nn.Module], size: int) -> bool:
 
     Torch computes what is left over behind the last whole vector of the processor by other functions.
     """
-    x = torch.randn(TRIALS, size, generator=torch.Generator().manual_seed(size))
+    x = torch.randn(TRIALS, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
     activation = ACTIVATIONS[kind](kind())
     return torch.equal(torch.stack([activation(step.clone()) for step in x]), activation(x))
 
 
 def _trial(n_rows: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(n_in)
-    shapes = (TRIALS, n_rows, n_in), (n_out, n_in), (n_out,)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    trials = max(2, min(TRIALS, 2**18 // (n_rows * n_in)))
+    shapes = (trials, n_rows, n_in), (n_out, n_in), (n_out,)
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes)
     return aligned(*x.shape).copy_(x), weight, bias

@@ -95,12 +95,8 @@ class FlatOptimizer:
         else:
             for param in self._params:
                 param.grad = None
-        if not loss.requires_grad:  # nothing that it is made of can move
+        if not self._backward(loss):
             return True
-        if not self._frozen:
-            loss.backward()
-        elif self._params:  # without what only the frozen ones need
-            loss.backward(inputs=self._params)
         reached = [param for param in self._params if param.grad is not None]
         if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
             return False
@@ -116,6 +112,16 @@ class FlatOptimizer:
             self._flat.step()
         else:
             self._optimizer.step()
+        return True
+
+    def _backward(self, loss: Tensor) -> bool:
+        """Fill in the gradients of what is to be moved; False if nothing that the loss is made of can move."""
+        if not loss.requires_grad:
+            return False
+        if not self._frozen:
+            loss.backward()
+        elif self._params:  # without what only the frozen ones need
+            loss.backward(inputs=self._params)
         return True
 
     def _write_back(self) -> None:

@@ -26,7 +26,7 @@ from sb3_trpo_ext.sb3.forward import NotCoveredError, aligned
 from sb3_trpo_ext.sb3.sampling import Array
 from sb3_trpo_ext.sb3.watchers import is_idle, looks
 
-PENDING = 2**19
+PENDING = 2**17
 """Numbers that may wait to be valued at the most, where one step does not have more."""
 
 _libraries = cache(ThreadpoolController)  # to look for them takes a millisecond
@@ -63,6 +63,13 @@ class Pending:
         self.masks: list[Array] = []
         self.timeouts: list[tuple[int, int, Any, Tensor]] = []
 
+    def drop_last(self) -> None:
+        """Forget the last step."""
+        self.end -= 1
+        self.actions.pop()
+        if self.masks:
+            self.masks.pop()
+
     def note(self, actions: Array, masks: Array | None) -> None:
         """Keep what the policy saw and put out, and the actions that were drawn from that."""
         slot = self.end - self.start
@@ -92,8 +99,10 @@ class Pending:
             buffer.log_probs[steps] = policy.log_prob(outputs, actions, masks).numpy().reshape(count, -1)
         if self.timeouts:
             bootstrapped = gamma * policy.values(torch.stack([last for *_, last in self.timeouts]))
-            for (step, env, reward, _), value in zip(self.timeouts, bootstrapped.numpy(), strict=True):
-                buffer.rewards[step, env] = reward + value[0]
+            for (step, env, reward, _), value in zip(self.timeouts, bootstrapped, strict=True):
+                rewards = np.array([reward])  # as SB3 adds to the rewards of a step, in their own type
+                rewards[0] += value
+                buffer.rewards[step, env] = rewards[0]
         self.start = self.end
         self.actions, self.masks, self.timeouts = [], [], []
 
@@ -120,6 +129,8 @@ class FastRollout:
     name_of_done: ClassVar[str] = "done"
     """The name in ``locals`` of whether the last environment is done."""
     shows_clipped_actions: ClassVar[bool] = True
+    unscales: ClassVar[bool] = True
+    """Whether SB3's loop asks the policy to bring its actions from [-1, 1] to the bounds if it squashes them."""
     asks_before_acting: ClassVar[bool] = False
     """Whether there are masks to be asked for, or a memory that has to see what the policy sees."""
 
@@ -157,13 +168,11 @@ class FastRollout:
         }
         self._begin(names)
         callback.on_rollout_start()
-        self._rows = _by_step(buffer.observations, model._last_obs)
-        self._actions = buffer.actions.reshape(self._n_steps, self._env.num_envs, *model.action_space.shape)
-        self._rewards, self._episode_starts = buffer.rewards, buffer.episode_starts
+        self._lay_out()
         loop = self._watched if looks(callback) or not self._is_current() else self._unwatched
         if not loop(callback, names):
             return False
-        buffer.full = True
+        buffer.full = buffer.pos == buffer.buffer_size
         names["n_steps"] = self._n_steps
         with torch.no_grad():
             values = self._last_values(obs_as_tensor(model._last_obs, model.device), names)
@@ -171,6 +180,14 @@ class FastRollout:
         self._end(callback, names | {"values": values})
         callback.on_rollout_end()
         return True
+
+    def _lay_out(self) -> None:
+        """Views of the buffer's arrays into which a step is written as it is."""
+        model, buffer = self._model, self._buffer
+        self._squashes = self.unscales and model.policy.squash_output
+        self._rows = _by_step(buffer.observations, model._last_obs)
+        self._actions = buffer.actions.reshape(self._n_steps, self._env.num_envs, *model.action_space.shape)
+        self._rewards, self._episode_starts = buffer.rewards, buffer.episode_starts
 
     def _unwatched(self, callback: BaseCallback, names: dict[str, Any]) -> bool:
         """Take the steps and value many of them at once."""
@@ -181,12 +198,13 @@ class FastRollout:
             policy.see(model._last_obs)
             masks = self._masks(names) if self.asks_before_acting else None
             actions = policy.act(masks)
-            pending.note(actions, masks)
+            pending.note(actions if self._bounds else actions.copy(), masks)  # an environment may write into its own
             self._step(actions, names)
             if not idle:
                 names["n_steps"] = step
                 callback.update_locals(names)
             if not callback.on_step():
+                pending.drop_last()
                 pending.value(buffer, model.gamma)
                 return False
             if np.count_nonzero(names["dones"]):
@@ -206,14 +224,17 @@ class FastRollout:
             names["n_steps"], names["obs_tensor"] = step, obs_as_tensor(model._last_obs, model.device)
             with torch.no_grad():
                 actions, names["values"], names["log_probs"] = self._acted(names)
+            self._squashes = self.unscales and model.policy.squash_output
             self._step(actions, names)
             callback.update_locals(names)
             if not callback.on_step():
                 return False
             self._bootstrap(names)
-            buffer.values[step] = names["values"].cpu().numpy().flatten()
-            buffer.log_probs[step] = names["log_probs"].cpu().numpy().flatten()
-            self._store(step, names)
+            self._lay_out()  # the callback may have emptied the buffer, or replaced its arrays
+            row = buffer.pos
+            buffer.values[row] = names["values"].cpu().numpy().flatten()
+            buffer.log_probs[row] = names["log_probs"].cpu().numpy().flatten()
+            self._store(row, names)
         return True
 
     def _is_current(self) -> bool:
@@ -247,7 +268,7 @@ class FastRollout:
                 raise ValueError("The policy's action is not finite.")
             if self._reshaped:
                 actions = actions.reshape(len(actions), *self._model.action_space.shape)
-            if self._policy is None and self._model.policy.squash_output:
+            if self._squashes:
                 executed = self._model.policy.unscale_action(actions)
             else:
                 low, high = self._bounds
@@ -283,7 +304,7 @@ class FastRollout:
                 names["terminal_obs"] = model.policy.obs_to_tensor(info["terminal_observation"])[0]
                 with torch.no_grad():
                     names["terminal_value"] = self._terminal_value(names)
-                rewards[env] += (model.gamma * names["terminal_value"]).cpu().numpy()[0]
+                rewards[env] += model.gamma * names["terminal_value"].cpu()
 
     # What the policies with masks and with memory do otherwise.
 
@@ -328,7 +349,7 @@ class FastMaskableRollout(FastRollout):
     """
 
     buffers = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
-    shows_clipped_actions = False
+    shows_clipped_actions = unscales = False
     asks_before_acting = True
 
     def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, use_masking: bool = True) -> None:
@@ -346,11 +367,12 @@ class FastMaskableRollout(FastRollout):
     def _masks(self, names: dict[str, Any]) -> Array | None:
         if self._use_masking:
             names["action_masks"] = get_action_masks(self._env)
-        masks: Array | None = names["action_masks"]
-        return masks
+            return np.asarray(names["action_masks"]).reshape(self._env.num_envs, -1)
+        return None
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        actions, values, log_probs = self._model.policy(names["obs_tensor"], action_masks=self._masks(names))
+        self._masks(names)
+        actions, values, log_probs = self._model.policy(names["obs_tensor"], action_masks=names["action_masks"])
         return actions, values, log_probs
 
     def _store(self, step: int, names: dict[str, Any]) -> None:
@@ -368,6 +390,7 @@ class FastRecurrentRollout(FastRollout):
 
     buffers = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
     name_of_done = "done_"
+    unscales = False
     asks_before_acting = True
 
     def _fast_policy(self) -> FastPolicy:

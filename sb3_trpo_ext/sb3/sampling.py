@@ -5,7 +5,6 @@ Torch's generator is asked for the same draws, of the same shape and in the same
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -48,19 +47,18 @@ class GaussianSampler(Sampler):
 
     Args:
         outputs: Where the actor writes μ, ``(E, A)``.
-        log_std: log σ, ``(A,)``: the parameter's own memory.
+        log_std: log σ, ``(A,)``.
     """
 
     def __init__(self, outputs: Tensor, log_std: Tensor) -> None:
         super().__init__(outputs)
-        self._log_std = log_std
         self._noise = torch.empty_like(outputs)
         self._noise_array = self._noise.numpy()
-        self.refresh()
+        self.refresh(log_std)
 
-    def refresh(self) -> None:
-        """Read σ again."""
-        self._std = self._log_std.exp().expand_as(self._noise).contiguous().numpy()  # NumPy need not broadcast
+    def refresh(self, log_std: Tensor) -> None:
+        """Take over another log σ."""
+        self._std = log_std.exp().expand_as(self._noise).contiguous().numpy()  # NumPy need not broadcast
 
     def sample(self, masks: Array | None = None) -> Array:
         """Draw ``(E, A)``."""
@@ -97,7 +95,7 @@ class CategoricalSampler(Sampler):
         n_envs = len(outputs)
         ends = np.cumsum(sizes)
         self._parts = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
-        self._draws = [torch.empty(n_envs, size) for size in sizes]
+        self._draws = [torch.empty(n_envs, size, dtype=torch.float32) for size in sizes]
         self._arrays = [draw.numpy() for draw in self._draws]
         self._rows = np.arange(n_envs)
         self._single, self._exact = single, exact
@@ -112,7 +110,9 @@ class CategoricalSampler(Sampler):
             draw.exponential_()
             scores = logits[:, part] - np.log(array)
             best = scores.argmax(axis=1)
-            if not math.isfinite(self._flat.dot(self._flat)) or (self._exact and self._is_close(scores, best)):
+            # Large logits would swallow log e; NaN is not small.
+            doubtful = not self._flat.dot(self._flat) < LARGE**2 or (self._exact and self._is_close(scores, best))
+            if doubtful or (masks is not None and not masks[:, part].any(axis=1).all()):
                 best = self._by_quotients(masks, part, draw)
             chosen.append(best)
         return chosen[0] if self._single else np.stack(chosen, axis=1)

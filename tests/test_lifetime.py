@@ -124,6 +124,8 @@ def usual(request: pytest.FixtureRequest) -> Any:
 
 def test_interleaved_evaluations_leave_the_switches_as_they_were(usual: dict[str, Any]) -> None:
     policies = [make(algorithm).policy for algorithm in (TRPO, RecurrentTRPO, TRPO)]
+    for policy in policies:
+        policy.mlp_extractor.policy_net.append(Attention(64))
     barriers = [threading.Barrier(2) for _ in range(3)]
 
     def first() -> None:
@@ -148,6 +150,7 @@ def test_interleaved_evaluations_leave_the_switches_as_they_were(usual: dict[str
 
 def test_an_evaluation_that_fails_leaves_the_switches_as_they_were(usual: dict[str, Any]) -> None:
     for policy in (make(TRPO).policy, make(RecurrentTRPO).policy):
+        policy.mlp_extractor.policy_net.append(Attention(64))
         with pytest.raises(KeyboardInterrupt), consistent_evaluation(policy):
             raise KeyboardInterrupt
     assert switches() == usual

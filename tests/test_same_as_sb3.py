@@ -809,3 +809,29 @@ def test_a_rollout_that_is_stopped_values_the_steps_that_it_stored() -> None:
         buffer, _ = played(True, watcher=lambda kind=kind: kind(2))
         assert 0 < buffer.pos < 16
         assert np.all(buffer.values[buffer.pos :] == 0) and np.all(buffer.values[: buffer.pos] != 0)
+
+
+class Selfish(Listener):
+    """Holds the policy and changes it."""
+
+    policy: Any = None
+
+    def step(self, action: Any) -> Any:
+        if self.policy is not None:
+            self.policy.value_net.bias.data.add_(0.1)
+        return super().step(action)
+
+
+def test_an_environment_that_changes_the_policy_is_noticed() -> None:
+    def learnt(fast: Any) -> Any:
+        env = make_vec_env(lambda: Selfish(OBSERVATIONS["vector"], ACTION_SPACES["box"]), n_envs=1, seed=0)
+        model = TRPO("MlpPolicy", env, n_steps=16, seed=0, device="cpu", fast_rollouts=fast)
+        model.train = lambda: None  # type: ignore[method-assign]
+        env.envs[0].unwrapped.policy = model.policy
+        model.learn(32)
+        return model
+
+    with pytest.warns(UserWarning, match="no callback did it"):
+        ours = learnt("exact")
+    assert ours.policy_changes_in_rollouts
+    assert np.array_equal(ours.rollout_buffer.values, learnt(False).rollout_buffer.values)

@@ -93,6 +93,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     Attributes:
         rollout_path: How the last rollout was collected: ``"fast"``, or SB3's way and why.
+        policy_changes_in_rollouts: Whether something else than a callback changes the policy while a rollout is
+            collected, which fast rollouts then expect at every step. They notice it by themselves, one rollout late.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -112,6 +114,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
         self.fast_rollouts = fast_rollouts
         self.rollout_path = ""
+        self.policy_changes_in_rollouts = False
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
 

@@ -151,6 +151,10 @@ class Batch:
         return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
 
 
+PATIENCE = 5.0
+"""Seconds after which a lock that is held for microseconds at a time is taken for lost."""
+
+
 class SharedSwitch:
     """A switch of the whole process that is off its usual state as long as anyone needs it.
 
@@ -164,13 +168,14 @@ class SharedSwitch:
 
     def __init__(self, switched: Callable[[], AbstractContextManager[Any]]) -> None:
         self._switched = switched
-        self._lock = threading.RLock()  # an interrupt as it is let go keeps it, which must not stop this thread
+        self._lock = threading.RLock()
         self._users = 0
         self._undo = ExitStack()
 
     def __enter__(self) -> None:
         """Switch, unless it is switched already."""
-        with self._lock:
+        lock = self._acquired()
+        try:
             self._users += 1
             try:
                 if self._users == 1:
@@ -178,13 +183,25 @@ class SharedSwitch:
             except BaseException:  # an interrupt too: whoever did not get in does not leave either
                 self._users -= 1
                 raise
+        finally:
+            lock.release()
 
     def __exit__(self, *exception: object) -> None:
         """Switch back, unless someone else still needs it."""
-        with self._lock:
+        lock = self._acquired()
+        try:
             self._users -= 1
             if not self._users:
                 self._undo.close()
+        finally:
+            lock.release()
+
+    def _acquired(self) -> Any:
+        """The lock, held; another one if it is lost, as when an interrupt came between taking and letting go of it."""
+        if not self._lock.acquire(timeout=PATIENCE):
+            self._lock = threading.RLock()
+            self._lock.acquire()
+        return self._lock
 
 
 @contextmanager
@@ -203,6 +220,17 @@ PLAIN_RECURRENCE = SharedSwitch(lambda: torch.backends.cudnn.flags(enabled=False
 UNCOMPILED = SharedSwitch(lambda: torch.compiler.set_stance("force_eager"))
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is known to use no fused kernel of attention and not to be compiled."""
+    home = type(module).__module__
+    return home.startswith(("stable_baselines3.", "sb3_contrib.")) or (
+        home.startswith("torch.nn.modules.")
+        and not home.endswith(".transformer")
+        and not isinstance(module, nn.MultiheadAttention)
+        and not any(name.startswith("forward") for name in vars(module))
+    )
+
+
 @contextmanager
 def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     """Evaluate the policy in one mode, and with operations that can be differentiated twice.
@@ -211,13 +239,14 @@ def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     its running statistics, so that the KL divergence at θ_old is exactly zero. Fused kernels of attention and of
     recurrent layers (cuDNN's) have no double backward and are replaced by the plain ones; modules compiled
     by ``torch.compile`` run uncompiled for the same reason. Those are switches of the process, which several threads
-    may hold at once; when the last has finished, they are as they were.
+    may hold at once; when the last has finished, they are as they were. A policy of plain layers needs none of them.
     """
     with ExitStack() as stack:
-        stack.enter_context(PLAIN_ATTENTION)
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(UNCOMPILED)
-        if any(isinstance(module, nn.RNNBase) for module in policy.modules()):
+        if not all(map(_is_plain, policy.modules())):
+            stack.enter_context(PLAIN_ATTENTION)
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(UNCOMPILED)
+        if any(isinstance(module, nn.RNNBase) and module.weight_hh_l0.is_cuda for module in policy.modules()):
             stack.enter_context(PLAIN_RECURRENCE)
         policy.set_training_mode(False)
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, ClassVar
@@ -169,7 +170,8 @@ class FastRollout:
         self._begin(names)
         callback.on_rollout_start()
         self._lay_out()
-        loop = self._watched if looks(callback) or not self._is_current() else self._unwatched
+        unseen = looks(callback) or model.policy_changes_in_rollouts or not self._is_current()
+        loop = self._watched if unseen else self._unwatched
         if not loop(callback, names):
             return False
         buffer.full = buffer.pos == buffer.buffer_size
@@ -194,6 +196,7 @@ class FastRollout:
         model, buffer, policy = self._model, self._buffer, self._policy
         assert policy is not None  # since it is current
         pending, idle = Pending(policy, self._n_steps), is_idle(callback)
+        before = [param.detach().clone() for param in model.policy.parameters()]
         for step in range(self._n_steps):
             policy.see(model._last_obs)
             masks = self._masks(names) if self.asks_before_acting else None
@@ -213,7 +216,21 @@ class FastRollout:
             if pending.end - pending.start == pending.room:
                 pending.value(buffer, model.gamma)
         pending.value(buffer, model.gamma)
+        self._require_unchanged(before)
         return True
+
+    def _require_unchanged(self, before: list[Tensor]) -> None:
+        """Notice a policy that something else than a callback has changed, such as an environment that holds it."""
+        params = list(self._model.policy.parameters())
+        if self._is_current() and all(map(torch.equal, params, before)):
+            return
+        self._model.policy_changes_in_rollouts = True
+        warnings.warn(
+            "The policy changed while a rollout was collected, and no callback did it: values and log-probabilities of "
+            "that rollout are those of the changed policy. From the next one on each step is valued by itself.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _watched(self, callback: BaseCallback, names: dict[str, Any]) -> bool:
         """Take the steps, each with all that SB3 shows of it, by a policy that may change between two of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -221,8 +221,8 @@ class FastRollout:
 
     def _require_unchanged(self, before: list[Tensor]) -> None:
         """Notice a policy that something else than a callback has changed, such as an environment that holds it."""
-        params = list(self._model.policy.parameters())
-        if self._is_current() and all(map(torch.equal, params, before)):
+        same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+        if self._is_current() and all(map(same, self._model.policy.parameters(), before)):
             return
         self._model.policy_changes_in_rollouts = True
         warnings.warn(

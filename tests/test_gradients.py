@@ -52,7 +52,7 @@ def test_the_gradient_of_minus_the_surrogate_is_left(algorithm: Any, critic: str
     found = 0
     for name, param in model.policy.named_parameters():
         if expected[name] is None:
-            assert param.grad is None, name
+            assert (param.grad is None) == (critic == "gauss-newton"), name  # an optimiser's stay, as in sb3-contrib
         else:
             torch.testing.assert_close(param.grad, expected[name], rtol=1e-3, atol=1e-6)
             found += 1

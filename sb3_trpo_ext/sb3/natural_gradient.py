@@ -228,9 +228,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 step = self._policy_step(
                     seen.with_normalized_advantages() if self.normalize_advantage else seen, chunk_size
                 )
-            with timed(record, "time/critic_s"):
+            leave_gradients(self.policy, step.gradients)
+            with timed(record, "time/critic_s"):  # Adam leaves the critic's gradients beside them
                 record["train/value_loss"] = self._make_critic(chunk_size).fit(self.policy, batch, step.actor)
-        leave_gradients(step.gradients)
 
         if step.reason:
             self._report_rejection(step.reason)

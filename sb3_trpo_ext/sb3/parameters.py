@@ -43,14 +43,15 @@ def gradient(
     return {param: grad for param, grad in zip(params, total, strict=True) if grad is not None}
 
 
-def leave_gradients(ascent: Mapping[nn.Parameter, Tensor]) -> None:
+def leave_gradients(module: nn.Module, ascent: Mapping[nn.Parameter, Tensor]) -> None:
     """Leave the gradient of a loss in ``param.grad``, as a backward pass would, for those who log its norm.
 
     Args:
+        module: Its parameters that are not in ``ascent`` get None.
         ascent: The gradient of the objective, minus the loss, by parameter.
     """
-    for param, slope in ascent.items():
-        param.grad = -slope
+    for param in module.parameters():
+        param.grad = -ascent[param] if param in ascent else None
 
 
 class PolicyCheckpoint(Checkpoint):

@@ -173,7 +173,7 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_radius("target_kl", self.target_kl, hint="0.01 is a usual target.")
-        low, high = _checked_bounds(self.kl_coef_bounds)
+        low, high = _checked_bounds(self.kl_coef_bounds, smallest=SMALLEST_KL_COEF if self.adaptive else 0.0)
         beta = check_number("kl_coef", self.kl_coef)
         if self.adaptive and not low <= beta <= high:
             raise ValueError(
@@ -248,13 +248,13 @@ class PPOPenalty(FirstOrderAlgorithm):
         return *super()._checkpoints(), Attributes(self, "kl_coef", "_search_factor")
 
 
-def _checked_bounds(bounds: Any) -> tuple[float, float]:
-    """The smallest and the largest β, or `ValueError` if there can be none between them."""
+def _checked_bounds(bounds: Any, smallest: float) -> tuple[float, float]:
+    """The smallest and the largest β, or `ValueError` if there can be none between them or one below ``smallest``."""
     try:
         low, high = (float(bound) for bound in bounds)
     except (TypeError, ValueError):
         low = high = math.nan
-    if not SMALLEST_KL_COEF <= low <= min(high, LARGEST_KL_COEF):
+    if not smallest <= low <= min(high, LARGEST_KL_COEF):
         raise ValueError(
             f"`kl_coef_bounds` must be two numbers, 0 < smallest <= largest, got {bounds!r}: a β of 0 could never rise "
             f"again. The smallest may be {SMALLEST_KL_COEF:.3g} to {LARGEST_KL_COEF:.3g}; (1e-3, 1e3) is usual."

@@ -259,6 +259,7 @@ def test_a_target_outside_of_the_ball_does_not_lock_up() -> None:
 @pytest.mark.parametrize("beta", [0.0, 2000.0])
 def test_a_fixed_beta_needs_no_bounds(beta: float) -> None:
     assert betas(2, kl_coef=beta, adaptive=False)[0] == [beta] * 2
+    assert betas(2, kl_coef=beta, adaptive=False, kl_coef_bounds=(0.0, 1.0))[0] == [beta] * 2
 
 
 def test_a_fixed_beta_that_would_overflow_is_refused() -> None:

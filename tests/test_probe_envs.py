@@ -94,6 +94,7 @@ def test_the_action_that_pays_depends_on_the_observation(arm: str) -> None:
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_continuous_action_finds_its_target(arm: str) -> None:
     env = Probe(lambda o, a, last: -np.square(a - 0.5 * o).sum(), spaces.Box(-1, 1, (2,)))
-    model = learnt(arm, env, timesteps=20_480)
+    # All are there by 10 000 steps. Long after, with σ at 0.02, a single step of PPO may throw the mean off again.
+    model = learnt(arm, env, timesteps=12_288)
     assert action(model, 1.0) == pytest.approx([0.5, 0.5], abs=0.15)
     assert action(model, -1.0) == pytest.approx([-0.5, -0.5], abs=0.15)

@@ -302,7 +302,7 @@ FAST = pytest.mark.parametrize("fast", [True, "exact"])
 
 
 @FAST
-@pytest.mark.parametrize("n_envs", [1, 3, 4])
+@pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_every_observation_space(observation: str, n_envs: int, fast: Any) -> None:
     check_same(TRPO, OBSERVATIONS[observation], ACTION_SPACES["discrete"], n_envs, fast=fast)
@@ -396,16 +396,17 @@ def test_masks_are_read_as_sb3_contrib_reads_them(action: str, n_envs: int, fast
     ],
     ids=str,
 )
-@FAST
-@pytest.mark.parametrize("action", ["box", "discrete"])
-def test_every_kind_of_memory(memory: dict[str, Any], action: str, fast: Any) -> None:
-    for observation in ("vector", "dict", "discrete"):
-        check_same(RecurrentTRPO, OBSERVATIONS[observation], ACTION_SPACES[action], 2, policy_kwargs=memory, fast=fast)
+@pytest.mark.parametrize(("action", "observation"), [("box", "vector"), ("discrete", "dict")])
+def test_every_kind_of_memory(memory: dict[str, Any], action: str, observation: str) -> None:
+    check_same(RecurrentTRPO, OBSERVATIONS[observation], ACTION_SPACES[action], 2, policy_kwargs=memory)
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.LeakyReLU])
-@FAST
-@pytest.mark.parametrize("net_arch", [[], [7], {"pi": [5, 4], "vf": []}, [256, 256]], ids=str)
+@pytest.mark.parametrize(
+    ("fast", "net_arch"),
+    [("exact", []), ("exact", [7]), (True, [7]), ("exact", {"pi": [5, 4], "vf": []}), ("exact", [256, 256])],
+    ids=str,
+)
 def test_every_activation_and_shape(activation: type[nn.Module], net_arch: Any, fast: Any) -> None:
     options = {"activation_fn": activation, "net_arch": net_arch, "share_features_extractor": False}
     check_same(TRPO, OBSERVATIONS["vector"], ACTION_SPACES["box"], 2, policy_kwargs=options, fast=fast)
@@ -425,7 +426,7 @@ def test_every_wrapper(wrap: Any) -> None:
 
 @FAST
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("algorithm", [TRPO, PPOClip, RecurrentTRPO])
+@pytest.mark.parametrize("algorithm", [TRPO, RecurrentTRPO])
 def test_a_policy_that_a_callback_changes_acts_at_once(algorithm: Any, way: Any, fast: Any) -> None:
     writers = Writer([way, WAYS[0]]), Writer([way, WAYS[0]])
     check_same(algorithm, OBSERVATIONS["vector"], ACTION_SPACES["box"], 2, callbacks=writers, expect=None, fast=fast)
@@ -489,7 +490,7 @@ dicts = st.dictionaries(st.sampled_from("abcd"), simple, min_size=1, max_size=3)
 wrappers = st.sampled_from([lambda env: env, VecMonitor, lambda env: VecNormalize(env, norm_obs=False), stacked])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     algorithm=st.sampled_from([TRPO, PPOClip, PPOPenalty, NPG, RecurrentTRPO, MaskableTRPO]),
     observation=st.one_of(simple, dicts),

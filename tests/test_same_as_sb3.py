@@ -11,7 +11,7 @@ import torch
 from envs import ACTION_SPACES, MASKABLE, RandomEnv
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
@@ -490,7 +490,12 @@ dicts = st.dictionaries(st.sampled_from("abcd"), simple, min_size=1, max_size=3)
 wrappers = st.sampled_from([lambda env: env, VecMonitor, lambda env: VecNormalize(env, norm_obs=False), stacked])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(
     algorithm=st.sampled_from([TRPO, PPOClip, PPOPenalty, NPG, RecurrentTRPO, MaskableTRPO]),
     observation=st.one_of(simple, dicts),
@@ -520,6 +525,9 @@ def test_whatever_the_spaces_and_the_callbacks(
     ways: list[Any],
     fast: Any,
 ) -> None:
+    parts = observation.values() if isinstance(observation, spaces.Dict) else [observation]
+    # sb3-contrib cannot build LSTM policies for these.
+    assume(algorithm is not RecurrentTRPO or not any(isinstance(part, spaces.MultiDiscrete) for part in parts))
     action = box if continuous and algorithm is not MaskableTRPO else choice
     stackable = isinstance(observation, spaces.Box)
     callbacks = {None: None, "observer": (Observer(), Observer()), "writer": (Writer(ways), Writer(ways))}[watcher]

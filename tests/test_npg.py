@@ -33,8 +33,8 @@ def test_where_trpo_accepts_the_full_step_both_are_the_same(action: str) -> None
 
 
 def test_no_line_search_shortens_the_step() -> None:
-    trpo = with_rollout(make(TRPO, "discrete", target_kl=0.1, line_search_accept_ratio=0.97))
-    npg = with_rollout(make(NPG, "discrete", target_kl=0.1))
+    trpo = with_rollout(make(TRPO, "discrete", target_kl=0.5, line_search_accept_ratio=0.97))
+    npg = with_rollout(make(NPG, "discrete", target_kl=0.5))
     for model in (trpo, npg):
         np.random.seed(0)
         model.train()

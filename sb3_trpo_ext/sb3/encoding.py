@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.forward import NotCoveredError
+from sb3_trpo_ext.sb3.forward import Array, NotCoveredError
 
-Array = NDArray[Any]
 Writer = Callable[[Array, Array], None]
 """Writes the features of observations ``(N, ...)`` into an array ``(N, F)``."""
 

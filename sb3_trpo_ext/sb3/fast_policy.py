@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from sb3_trpo_ext.sb3.encoding import Encoder
-from sb3_trpo_ext.sb3.forward import Mlp, NotCoveredError
-from sb3_trpo_ext.sb3.sampling import Array, BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
+from sb3_trpo_ext.sb3.forward import Array, Mlp, NotCoveredError
+from sb3_trpo_ext.sb3.sampling import BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
 
 KNOWN_POLICIES = (MaskableActorCriticPolicy, RecurrentActorCriticPolicy, ActorCriticPolicy)  # subclasses first
 
@@ -98,14 +98,14 @@ class FastPolicy:
         self._features_array = self.features.numpy()
         if self._encoder.is_copy:
             self.see = partial(np.copyto, self._features_array)  # type: ignore[method-assign]
-        self._build(n_envs)
+        self._build()
         self._sampler = _sampler(policy, self.outputs, exact)
 
     def _made_encoder(self) -> Encoder:
         space = self._policy.observation_space
         return Encoder(space, by_index=not self._exact or isinstance(space, spaces.Discrete))
 
-    def _build(self, n_envs: int) -> None:
+    def _build(self) -> None:
         policy, extractor = self._policy, self._policy.mlp_extractor
         self._actor = Mlp([extractor.policy_net, policy.action_net], self.features, exact=self._exact)
         self._critic = Mlp([extractor.value_net, policy.value_net], self.features, exact=self._exact)
@@ -164,10 +164,10 @@ class FastRecurrentPolicy(FastPolicy):
     def _made_encoder(self) -> Encoder:
         return Encoder(self._policy.observation_space, by_index=False)
 
-    def _build(self, n_envs: int) -> None:
+    def _build(self) -> None:
         policy: Any = self._policy
         extractor = policy.mlp_extractor
-        self._latent = torch.zeros(n_envs, policy.lstm_output_dim, dtype=torch.float32)
+        self._latent = torch.zeros(len(self.features), policy.lstm_output_dim, dtype=torch.float32)
         self._actor = Mlp([extractor.policy_net, policy.action_net], self._latent, exact=self._exact)
         self.outputs = self._actor.output
         head = [extractor.value_net, policy.value_net]

@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from gymnasium import spaces
-from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
-from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
@@ -22,9 +20,9 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from sb3_trpo_ext.sb3.batch import SharedSwitch
+from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
 from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
-from sb3_trpo_ext.sb3.forward import NotCoveredError, aligned
-from sb3_trpo_ext.sb3.sampling import Array
+from sb3_trpo_ext.sb3.forward import Array, NotCoveredError, aligned
 from sb3_trpo_ext.sb3.watchers import is_idle, looks
 
 PENDING = 2**17
@@ -170,8 +168,9 @@ class FastRollout:
         self._begin(names)
         callback.on_rollout_start()
         self._lay_out()
-        unseen = looks(callback) or model.policy_changes_in_rollouts or not self._is_current()
-        loop = self._watched if unseen else self._unwatched
+        watched = looks(callback) or model.policy_changes_in_rollouts or not self._is_current()
+        self._squashes = self._asks_to_unscale()
+        loop = self._watched if watched else self._unwatched
         if not loop(callback, names):
             return False
         buffer.full = buffer.pos == buffer.buffer_size
@@ -183,10 +182,12 @@ class FastRollout:
         callback.on_rollout_end()
         return True
 
+    def _asks_to_unscale(self) -> bool:
+        return bool(self.unscales and self._model.policy.squash_output)
+
     def _lay_out(self) -> None:
         """Views of the buffer's arrays into which a step is written as it is."""
         model, buffer = self._model, self._buffer
-        self._squashes = self.unscales and model.policy.squash_output
         self._rows = _by_step(buffer.observations, model._last_obs)
         self._actions = buffer.actions.reshape(self._n_steps, self._env.num_envs, *model.action_space.shape)
         self._rewards, self._episode_starts = buffer.rewards, buffer.episode_starts
@@ -241,7 +242,7 @@ class FastRollout:
             names["n_steps"], names["obs_tensor"] = step, obs_as_tensor(model._last_obs, model.device)
             with torch.no_grad():
                 actions, names["values"], names["log_probs"] = self._acted(names)
-            self._squashes = self.unscales and model.policy.squash_output
+            self._squashes = self._asks_to_unscale()
             self._step(actions, names)
             callback.update_locals(names)
             if not callback.on_step():
@@ -365,7 +366,7 @@ class FastMaskableRollout(FastRollout):
         use_masking: Whether the environments are asked which actions are allowed.
     """
 
-    buffers = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+    buffers = MASKABLE_BUFFERS
     shows_clipped_actions = unscales = False
     asks_before_acting = True
 
@@ -405,7 +406,7 @@ class FastMaskableRollout(FastRollout):
 class FastRecurrentRollout(FastRollout):
     """The same for sb3-contrib's LSTM policies and buffers."""
 
-    buffers = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
+    buffers = RECURRENT_BUFFERS
     name_of_done = "done_"
     unscales = False
     asks_before_acting = True

@@ -6,14 +6,12 @@ Torch's generator is asked for the same draws, of the same shape and in the same
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[Any]
+from sb3_trpo_ext.sb3.forward import Array
 
 LARGE, CLOSE = 100.0, 1e-4
 """Up to this size of log p - log e, differences above the second are larger than what rounding makes of them."""
@@ -106,12 +104,12 @@ class CategoricalSampler(Sampler):
         if masks is not None:
             logits = np.where(masks, logits, np.float32(MASKED_LOGIT))
         chosen = []
+        large = not self._flat.dot(self._flat) < LARGE**2  # they would swallow log e; NaN is not small either
         for part, draw, array in zip(self._parts, self._draws, self._arrays, strict=True):
             draw.exponential_()
             scores = logits[:, part] - np.log(array)
             best = scores.argmax(axis=1)
-            # Large logits would swallow log e; NaN is not small.
-            doubtful = not self._flat.dot(self._flat) < LARGE**2 or (self._exact and self._is_close(scores, best))
+            doubtful = large or (self._exact and self._is_close(scores, best))
             if doubtful or (masks is not None and not masks[:, part].any(axis=1).all()):
                 best = self._by_quotients(masks, part, draw)
             chosen.append(best)

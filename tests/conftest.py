@@ -10,5 +10,6 @@ settings.load_profile("quiet")
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def as_in_a_new_process() -> None:
     torch.manual_seed(0)
+    torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile leaves it switched off

@@ -46,10 +46,14 @@ def test_a_standard_deviation_is_named_with_its_parameter(algorithm: Any, fast: 
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, "exact", False])
 @pytest.mark.parametrize("name", ["action_net.weight", "value_net.bias"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_parameter_is_named(algorithm: Any, fast: bool, name: str, value: float) -> None:
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_parameter_is_named(
+    algorithm: Any, fast: bool, name: str, value: float, validates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validates)  # torch.compile switches it off
     model = make(algorithm, fast_rollouts=fast)
     with torch.no_grad():
         model.policy.get_parameter(name).view(-1)[0] = value

@@ -121,8 +121,11 @@ class CategoricalSampler(Sampler):
         return not top.dot(top) < LARGE**2 or np.count_nonzero(scores > top[:, None] - CLOSE) != len(scores)
 
     def _by_quotients(self, masks: Array | None, part: slice, draw: Tensor) -> Array:
-        """What torch does, and the error that it raises where there is no distribution."""
-        choice = torch.distributions.Categorical(logits=self._outputs[:, part])
+        """What torch does, and the error that it raises where there is no distribution.
+
+        That is not left to torch's default, which ``python -O`` and `torch.compile` switch off.
+        """
+        choice = torch.distributions.Categorical(logits=self._outputs[:, part], validate_args=True)
         if masks is not None:
             allowed = torch.as_tensor(masks[:, part], dtype=torch.bool)
             choice = torch.distributions.Categorical(logits=torch.where(allowed, choice.logits, MASKED_LOGIT))

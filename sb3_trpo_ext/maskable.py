@@ -38,9 +38,9 @@ class MaskableRollouts(MaskablePPO):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
-        use_sde: bool,
-        sde_sample_freq: int,
-        supported_action_spaces: Any,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        supported_action_spaces: Any = None,
         **kwargs: Any,
     ) -> None:
         if use_sde:

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from sb3_trpo_ext.core.trust_region import boundary_scale
+from sb3_trpo_ext.core.natural_step import Direction, backtrack, boundary_scale
 from sb3_trpo_ext.sb3.checks import check_number, check_schedule
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
-from sb3_trpo_ext.sb3.steps import Direction, Move
+from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
 
 
 class NPG(NaturalGradientAlgorithm):
@@ -56,12 +55,42 @@ class NPG(NaturalGradientAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-3,
+        n_steps: int = 2048,
+        batch_size: int = 128,
+        gamma: float = 0.99,
         *,
         step_size: float | Schedule | None = None,
+        target_kl: float | Schedule = 0.01,
+        cg_max_steps: int = 15,
+        cg_damping: float = 0.1,
+        sub_sampling_factor: int = 1,
+        gae_lambda: float = 0.95,
+        normalize_advantage: bool = True,
+        n_critic_updates: int = 10,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, env, **kwargs)
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            gamma=gamma,
+            target_kl=target_kl,
+            cg_max_steps=cg_max_steps,
+            cg_damping=cg_damping,
+            sub_sampling_factor=sub_sampling_factor,
+            gae_lambda=gae_lambda,
+            normalize_advantage=normalize_advantage,
+            n_critic_updates=n_critic_updates,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            **kwargs,
+        )
         self.step_size = step_size
         if _init_setup_model:
             self._setup_model()
@@ -75,16 +104,19 @@ class NPG(NaturalGradientAlgorithm):
         cures = super()._cures()
         return cures if self.step_size is None else cures.replace("`target_kl`", "`step_size`")
 
-    def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
-        step_size = self._step_size(direction)
-        direction.go_to(step_size)
-        evaluation = problem.evaluate()
-        if math.isfinite(evaluation.objective) and math.isfinite(evaluation.divergence):
-            return Move(evaluation, step_size)
-        return Move(None, step_size, fraction=0.0, reason="the objective or the KL divergence there is not finite")
+    def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
+        direction = self._direction(problem)  # x ≈ F⁻¹g
+        if not direction.is_usable:
+            return self._no_direction(problem, direction)
+        return backtrack(problem, direction, self._step_size(direction), _rejection, max_steps=1)
 
     def _step_size(self, direction: Direction) -> float:
         """α in force."""
         if self.step_size is None:
             return boundary_scale(direction.boundary_curvature, self.trust_region_radius())
         return check_number("step_size", self._in_force(self.step_size))
+
+
+def _rejection(evaluation: PolicyEvaluation, fraction: float) -> str:
+    finite = math.isfinite(evaluation.objective) and math.isfinite(evaluation.divergence)
+    return "" if finite else "the objective or the KL divergence there is not finite"

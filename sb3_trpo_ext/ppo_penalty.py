@@ -19,13 +19,13 @@ from sb3_trpo_ext.core.objectives import (
     importance_sampled_surrogate,
     searched_penalty,
 )
-from sb3_trpo_ext.core.trust_region import Restorable
-from sb3_trpo_ext.sb3.algorithm import Attributes, UpdateRejectedError
+from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_number, check_radius
-from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedProblem
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
+from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
 
 LARGEST_KL_COEF = torch.finfo(torch.float32).max ** 0.25
 """(β·‖∇KL‖)² must not overflow, which leaves β and ‖∇KL‖ the fourth root of the largest float32 each."""
@@ -196,8 +196,8 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _cures(self) -> str:
         return f"a larger `kl_coef`, {super()._cures()}"
 
-    def _prepared(self, batch: Batch, problem: PolicyProblem | RecomputedProblem) -> Batch:
-        assert isinstance(problem, PolicyProblem)  # see loss_needs_old_z
+    def _prepared(self, batch: Batch, problem: Comparison | RecomputedComparison) -> Batch:
+        assert isinstance(problem, Comparison)  # see loss_needs_old_z
         return replace(batch, old_z=problem.old_z)
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,9 @@ class RecurrentRollouts(RecurrentPPO):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
-        rollout_buffer_class: Any,
-        rollout_buffer_kwargs: Any,
-        supported_action_spaces: Any,
+        rollout_buffer_class: Any = None,
+        rollout_buffer_kwargs: Any = None,
+        supported_action_spaces: Any = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,34 +11,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.core.trust_region import Acceptance, Restorable, backtracking_line_search, boundary_scale
-from sb3_trpo_ext.sb3.algorithm import Attributes
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.sb3.regions import LargestRegion, MeanRegion, Penalty
 from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
-from sb3_trpo_ext.sb3.steps import Direction, Move, PolicyStep, StepAlong
-
-AIM = 0.95
-"""The share of its bound that a step shortened to the largest KL aims at: exactly at it, half of them would miss."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial point of the line search, judged by the trust region or the penalty in force.
-
-    Attributes:
-        evaluation: The policy there.
-        objective: What must increase: L(θ), or L(θ) - C · KL_max under a penalty.
-        divergence: What must stay below the radius: the mean or the largest KL divergence.
-    """
-
-    evaluation: PolicyEvaluation
-    objective: float
-    divergence: float
+from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
 
 
 class TRPO(NaturalGradientAlgorithm):
@@ -176,22 +156,13 @@ class TRPO(NaturalGradientAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        critic: str = "auto",
-        critic_kwargs: dict[str, Any] | None = None,
-        kl_per_action_dim: bool = True,
-        ent_coef: float | Schedule = 0.0,
         trust_region: Literal["mean", "max"] = "mean",
         kl_penalty: float | Literal["theory"] | None = None,
         momentum: float = 0.0,
         sample_reuse: int = 1,
         final_n_steps: int | None = None,
-        curvature_samples: int | None = 512,
-        fisher_chunk_size: int | Literal["auto"] | None = "auto",
-        cg_residual_tol: float = 0.03,
-        min_radius_used: float | Literal["auto"] = "auto",
         line_search_accept_ratio: float = 0.0,
-        fast_rollouts: bool | Literal["exact"] = True,
-        **unexpected: NoReturn,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -217,16 +188,7 @@ class TRPO(NaturalGradientAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            critic=critic,
-            critic_kwargs=critic_kwargs,
-            kl_per_action_dim=kl_per_action_dim,
-            ent_coef=ent_coef,
-            curvature_samples=curvature_samples,
-            fisher_chunk_size=fisher_chunk_size,
-            cg_residual_tol=cg_residual_tol,
-            min_radius_used=min_radius_used,
-            fast_rollouts=fast_rollouts,
-            **unexpected,
+            **kwargs,
         )
         self.trust_region = trust_region
         self.kl_penalty = kl_penalty
@@ -303,79 +265,63 @@ class TRPO(NaturalGradientAlgorithm):
         """δ in force: the bound on the joint KL divergence, in nats."""
         return shared_radius(super().trust_region_radius(), self.sample_reuse)
 
+    def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
+        """A full step along the heavy ball's direction; the plain step where there is none or that is rejected.
+
+        A fraction of it would keep the ball rolling where it has overshot: the gradient has turned, the memory has not.
+        """
+        gradient, memory = problem.gradient, self.gradient_memory
+        step = None
+        if memory is not None and memory.shape == gradient.shape:
+            heavy_ball = gradient + self.momentum * torch.as_tensor(memory).to(gradient)
+            step = self._step_along(problem, heavy_ball, most_trials=1)
+        if step is None or step.reason:
+            step = self._step_along(problem, gradient, most_trials=self.line_search_max_iter)
+        self.gradient_memory = None
+        if self.momentum and not step.reason and step.direction:
+            self.gradient_memory = step.direction.vector.cpu().numpy()
+        return step
+
+    def _step_along(self, problem: PolicyProblem, vector: Tensor, most_trials: int) -> PolicyStep:
+        """The update of the paper's appendix C along F⁻¹v: v is the gradient, or the heavy ball."""
+        direction = self._direction(problem, vector)  # x ≈ F⁻¹v
+        if not direction.is_usable:
+            return self._no_direction(problem, direction)
+        region = self._region(problem)
+        size = region.full_step(problem, direction)  # ½ sᵀFs = δ
+        test = Acceptance(region, problem.start, size * direction.slope, self.line_search_accept_ratio)
+        return backtrack(  # θ_old + β^k s where L improves and D <= δ, otherwise θ_old
+            problem,
+            direction,
+            size,
+            test.rejection,
+            shrink=self.line_search_shrinking_factor,
+            max_steps=most_trials,
+        )
+
+    def _region(self, problem: PolicyProblem) -> MeanRegion:
+        """What the line search keeps to."""
+        if self.kl_penalty == "theory":
+            return Penalty(penalty=theoretical_penalty(self.gamma, problem.max_advantage))
+        if self.kl_penalty:
+            return Penalty(penalty=float(self.kl_penalty))
+        kind = LargestRegion if self.trust_region == "max" else MeanRegion
+        return kind(self.trust_region_radius())
+
     def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
-        if self.sample_reuse == 1:
-            return batch
         past = [
             rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
             for rollout in self._past_rollouts
         ]
-        assert self._last_episode_starts is not None  # since the rollout
-        newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
-        self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
         return joined([batch, *past])
 
-    def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
-        """A full step along the heavy ball's direction; along the plain one where there is none or that is rejected.
-
-        A fraction of it would keep the ball rolling where it has overshot: the gradient has turned, the memory has not.
-        """
-        memory, self.gradient_memory = self.gradient_memory, None
-        if memory is not None and memory.shape == gradient.shape:
-            heavy_ball = gradient + self.momentum * torch.as_tensor(memory).to(gradient)
-            step = step_along(heavy_ball, whole=True)
-            if not step.reason:
-                self.gradient_memory = heavy_ball.cpu().numpy()
-                return replace(step, momentum=self.momentum)
-        step = step_along(gradient)
-        if self.momentum and not step.reason:
-            self.gradient_memory = gradient.cpu().numpy()
-        return step
-
-    def _move(self, problem: PolicyProblem, direction: Direction) -> Move:
-        """Backtrack from the boundary of the trust region, or from the maximum of the penalised quadratic model."""
-        penalty, radius = self._penalty(problem), math.inf if self.kl_penalty else self.trust_region_radius()
-        step_size = self._full_step(problem, direction, penalty, radius)
-
-        def judged(evaluation: PolicyEvaluation) -> Trial:
-            divergence = evaluation.kl_max if self.trust_region == "max" else evaluation.divergence
-            cost = penalty * evaluation.kl_max if penalty else 0.0  # kl_max may be infinite
-            return Trial(evaluation, evaluation.objective - cost, divergence)
-
-        def trial_at(fraction: float) -> Trial:
-            direction.go_to(fraction * step_size)
-            return judged(problem.evaluate())
-
-        result = backtracking_line_search(
-            trial_at,
-            Acceptance(
-                judged(problem.start).objective, radius, step_size * direction.slope, self.line_search_accept_ratio
-            ),
-            shrink=self.line_search_shrinking_factor,
-            max_steps=1 if direction.whole else self.line_search_max_iter,
-        )
-        accepted = None if result.trial is None else result.trial.evaluation
-        return Move(accepted, step_size, result.fraction, result.reason)
-
-    def _full_step(self, problem: PolicyProblem, direction: Direction, penalty: float, radius: float) -> float:
-        """The step size at which the line search begins."""
-        if penalty:
-            return direction.slope / (penalty * direction.curvature)  # the maximum of gᵀs - C ½ sᵀFs along x
-        step_size = boundary_scale(direction.boundary_curvature, radius)
-        if self.trust_region == "max":
-            # The quadratic model knows the mean alone: one look at the largest KL there tells how much to shorten.
-            direction.go_to(step_size)
-            kl_max = problem.evaluate().kl_max
-            if radius < kl_max < math.inf:
-                step_size *= math.sqrt(AIM * radius / kl_max)
-        return step_size
-
-    def _penalty(self, problem: PolicyProblem) -> float:
-        """C of the penalised form; 0 if a trust region is in force."""
-        if self.kl_penalty == "theory":
-            return theoretical_penalty(self.gamma, problem.max_advantage)
-        return self.kl_penalty or 0.0
+    def _keep(self, batch: Batch) -> None:
+        """Keep the rollout for the updates to come, and the ones before it that will still be used."""
+        if self.sample_reuse > 1:
+            assert self._last_episode_starts is not None  # since the rollout
+            newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
+            self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
 
     def _cures(self) -> str:
         cures = super()._cures()
@@ -384,8 +330,9 @@ class TRPO(NaturalGradientAlgorithm):
         penalty = "a number for `kl_penalty`" if self.kl_penalty == "theory" else "a larger `kl_penalty`"
         return cures.replace("a smaller `target_kl`", penalty)
 
-    def _described(self, step: PolicyStep) -> dict[str, float]:
+    def _described(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}
         if self.momentum:
-            record["train/momentum"] = step.momentum
-        return super()._described(step) | record
+            rolls = step.direction is not None and step.direction.vector is not problem.gradient
+            record["train/momentum"] = self.momentum if rolls else 0.0
+        return super()._described(problem, step) | record

@@ -34,7 +34,7 @@ def conjugate_gradient(
     *,
     max_steps: int = 10,
     residual_tol: float = 1e-5,
-    check_every: int = 1,
+    check_every: int | None = None,
 ) -> CGResult:
     r"""Approximate F⁻¹b for a symmetric positive definite F (Hestenes and Stiefel, 1952).
 
@@ -49,13 +49,14 @@ def conjugate_gradient(
         max_steps: Most products spent.
         residual_tol: Stop when ‖b - F x‖ <= residual_tol · ‖b‖.
         check_every: Ask whether the iteration has stopped only every so many products. 1 wastes none; more spares an
-            accelerator the waiting, and changes nothing in the result.
+            accelerator the waiting, and changes nothing in the result. None is 1 on the CPU and never elsewhere.
 
     Returns:
         The solution with its record.
 
     Source: Schulman et al. (2015), "Trust Region Policy Optimization", appendix C.
     """
+    interval = check_every or (1 if b.device.type == "cpu" else max_steps)
     x = torch.zeros_like(b)
     residual, direction = b, b
     norm2 = b_norm2 = b.dot(b)
@@ -63,7 +64,7 @@ def conjugate_gradient(
     steps, curvature = torch.zeros_like(b_norm2), torch.ones_like(b_norm2)
 
     for step in range(max_steps):
-        if step % check_every == 0 and not bool(going):
+        if step % interval == 0 and not bool(going):
             break
         image = product(direction)
         curvature = torch.where(going, direction.dot(image), curvature)

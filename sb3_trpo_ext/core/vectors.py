@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors into one vector ``(P,)``, in order, row-major."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    """Concatenate tensors into one vector ``(P,)``, in order, row-major; empty for none."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -25,7 +25,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.core.trust_region import Atomic, Restorable
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
@@ -40,16 +39,18 @@ from sb3_trpo_ext.sb3.checks import (
 )
 from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.forward import NotCoveredError
-from sb3_trpo_ext.sb3.parameters import (
-    GradientCheckpoint,
-    OptimizerCheckpoint,
-    PolicyCheckpoint,
-    gradient,
-    trainable,
-)
+from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.rollout import fast_rollout
 from sb3_trpo_ext.sb3.signal import CURES
 from sb3_trpo_ext.sb3.stepping import cheap_copies
+from sb3_trpo_ext.sb3.transaction import (
+    Atomic,
+    Attributes,
+    GradientCheckpoint,
+    PolicyCheckpoint,
+    Restorable,
+    StateCheckpoint,
+)
 from sb3_trpo_ext.sb3.watchers import looks
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -66,23 +67,6 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
 
 class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
-
-
-class Attributes:
-    """Numbers that a model keeps beside its policy, to be put back with an update that is undone.
-
-    Args:
-        model: The model.
-        *names: Its attributes.
-    """
-
-    def __init__(self, model: OnPolicyAlgorithm, *names: str) -> None:
-        self._model, self._saved = model, {name: getattr(model, name) for name in names}
-
-    def restore(self) -> None:
-        """Put them back."""
-        for name, value in self._saved.items():
-            setattr(self._model, name, value)
 
 
 class TrustRegionAlgorithm(OnPolicyAlgorithm):
@@ -108,7 +92,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
-        fast_rollouts: bool | Literal["exact"],
+        fast_rollouts: bool | Literal["exact"] = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
@@ -357,7 +341,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """All that an update may change."""
         return (
             PolicyCheckpoint(self.policy),
-            OptimizerCheckpoint(self.policy.optimizer),
+            StateCheckpoint(self.policy.optimizer),
             GradientCheckpoint(self.policy),
             Attributes(self, "_n_updates"),
         )

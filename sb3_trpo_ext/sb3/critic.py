@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
-from sb3_trpo_ext.core.trust_region import Acceptance, Checkpoint, backtracking_line_search
-from sb3_trpo_ext.core.vectors import assign, flatten
+from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
+from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches
 from sb3_trpo_ext.sb3.checks import check_integer, check_number, check_samples
-from sb3_trpo_ext.sb3.device import MEMORY_BUDGET, check_interval
+from sb3_trpo_ext.sb3.device import MEMORY_BUDGET
 from sb3_trpo_ext.sb3.methods import owner_of
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
@@ -33,24 +28,54 @@ KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 """Policies whose V goes from the critic's features through its MLP."""
 
 
+@dataclass(frozen=True)
+class Regression:
+    """What a critic is asked to do: fit V(s) to the returns R of one rollout.
+
+    Attributes:
+        policy: The policy; ``policy.optimizer`` has the learning rate in force.
+        batch: The samples of the rollout.
+        frozen: Parameters that must stay as they are: the actor's.
+        minibatches: One epoch of minibatches of `batch`, or of that with other observations.
+        epochs: The model's ``n_critic_updates``.
+        curvature_samples: The model's, or None.
+        chunk_size: Most samples in one forward pass; None for all at once.
+        minibatches_are_parts: Whether they are cut from what they are given; a buffer of the user's deals out its own.
+    """
+
+    policy: ActorCriticPolicy
+    batch: Batch
+    frozen: AbstractSet[nn.Parameter] = frozenset()
+    minibatches: Callable[[Batch], Iterator[Batch]] = lambda batch: iter([batch])
+    epochs: int = 1
+    curvature_samples: int | None = None
+    chunk_size: int | None = None
+    minibatches_are_parts: bool = True
+
+
 class Critic(ABC):
-    """Fits V(s) to the returns of one rollout."""
+    """Fits V(s) to the returns of one rollout after the other.
+
+    A model makes one, from its ``critic`` and ``critic_kwargs``, and keeps it. What `state_dict` returns is saved and
+    loaded with the model, and restored when an update is undone.
+    """
 
     @abstractmethod
-    def fit(self, policy: ActorCriticPolicy, batch: Batch, frozen: AbstractSet[nn.Parameter]) -> float:
-        """Fit V, leaving the ``frozen`` parameters (the actor's) as they are.
+    def fit(self, regression: Regression) -> float:
+        """Fit V, leaving the frozen parameters as they are.
 
         Returns:
             The mean squared error E[(V(s) - R)²].
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the critic has learnt beside the policy's parameters; empty for one without state."""
+        return {}
 
-@dataclass(frozen=True)
-class ValueTrial:
-    """Minus the value loss at a trial point; the fit has no divergence to bound."""
-
-    objective: float
-    divergence: float = 0.0
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Take over what `state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {', '.join(state)}.")
 
 
 class GaussNewtonCritic(Critic):
@@ -68,8 +93,8 @@ class GaussNewtonCritic(Critic):
         cg_steps: Most products a step.
         n_steps: Gauss-Newton steps a rollout.
         max_backtracks: Most halvings of a step.
-        curvature_samples: Most samples that the matrix E[∇V ∇Vᵀ] is estimated from; None for all.
-        chunk_size: Most samples in one forward pass; None for all at once.
+        curvature_samples: Most samples that the matrix E[∇V ∇Vᵀ] is estimated from; None for all, ``"auto"`` for as
+            many as the model's Fisher matrix.
     """
 
     def __init__(
@@ -79,62 +104,46 @@ class GaussNewtonCritic(Critic):
         cg_steps: int = 8,
         n_steps: int = 1,
         max_backtracks: int = 20,
-        curvature_samples: int | None = None,
-        chunk_size: int | None = None,
+        curvature_samples: int | Literal["auto"] | None = "auto",
     ) -> None:
         for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):
             check_integer(f"critic_kwargs['{name}']", value)
         check_number("critic_kwargs['damping']", damping, positive=True)
-        check_samples("critic_kwargs['curvature_samples']", curvature_samples)
+        if curvature_samples != "auto":
+            check_samples("critic_kwargs['curvature_samples']", curvature_samples)
         self.damping = damping
         self.cg_steps = cg_steps
         self.n_steps = n_steps
         self.max_backtracks = max_backtracks
         self.curvature_samples = curvature_samples
-        self.chunk_size = chunk_size
 
-    def fit(self, policy: ActorCriticPolicy, batch: Batch, frozen: AbstractSet[nn.Parameter]) -> float:
+    def fit(self, regression: Regression) -> float:
         """Take the steps; see `Critic.fit`."""
-        values = ValueFunction(policy, batch, frozen, self.chunk_size)
-        problem = ValueProblem(values, chunk_size=self.chunk_size, curvature_samples=self.curvature_samples)
-        loss = -problem.evaluate().objective
+        values = ValueFunction(regression)
+        chunks = values.batch.split(regression.chunk_size)
+        samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
+        subset = values.batch if samples is None else values.batch.subset(samples)
+        seen = chunks if subset is values.batch else subset.split(regression.chunk_size)
+        loss = 0.0
         for _ in range(self.n_steps):
-            loss = self._step(problem, loss)
+            loss = self._step(ValueProblem(values, chunks, seen))
         return 2.0 * loss
 
-    def _step(self, problem: ValueProblem, loss: float) -> float:
-        """One Gauss-Newton step from a value loss; returns the loss afterwards, the same if no step lowers it."""
-        descent = problem.descent_direction()
-        if not descent:
-            return loss
-        params, g = list(descent), flatten(list(descent.values()))
-        solution = conjugate_gradient(
-            problem.curvature(params, self.damping), g, max_steps=self.cg_steps, check_every=check_interval(g)
-        ).solution
-        start = flatten(params).detach()
-        checkpoint = Checkpoint(params)
-
-        def trial_at(fraction: float) -> ValueTrial:
-            assign(params, start + fraction * solution)
-            return problem.evaluate()
-
-        acceptance = Acceptance(start=-loss, radius=math.inf, expected=float(g.dot(solution)))
-        result = backtracking_line_search(trial_at, acceptance, shrink=0.5, max_steps=self.max_backtracks)
-        if result.trial is None:
-            checkpoint.restore()
-            problem.forget()
-            return loss
-        return -result.trial.objective
+    def _step(self, problem: ValueProblem) -> float:
+        """One Gauss-Newton step; returns the value loss afterwards, the same if no step lowers it."""
+        if not problem.params:
+            return problem.start.loss
+        direction = natural_direction(problem.curvature(self.damping), problem, max_steps=self.cg_steps)
+        test = Acceptance(TrustRegion(), problem.start, expected=direction.slope)
+        step = backtrack(problem, direction, 1.0, test.rejection, shrink=0.5, max_steps=self.max_backtracks)
+        return step.evaluation.loss
 
 
 class ValueFunction:
     """V(s) on (parts of) a batch, its features computed once where the fit leaves the extractor alone.
 
     Args:
-        policy: The policy.
-        batch: The samples.
-        frozen: Parameters that the fit must not move.
-        chunk_size: Most samples in one forward pass of the extractor; None for all at once.
+        regression: Whose policy, samples and parameters.
         keep_features: Whether features may be kept at all.
 
     Attributes:
@@ -142,20 +151,14 @@ class ValueFunction:
         batch: The samples, with features in place of observations if they are fixed.
     """
 
-    def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        batch: Batch,
-        frozen: AbstractSet[nn.Parameter],
-        chunk_size: int | None,
-        *,
-        keep_features: bool = True,
-    ) -> None:
-        self._policy = policy
+    def __init__(self, regression: Regression, *, keep_features: bool = True) -> None:
+        self._policy = policy = regression.policy
         self._plain: Any = owner_of(policy, "predict_values", KNOWN_VALUES)
-        self.params = [param for param in trainable(policy) if param not in frozen]
-        self._fixed = keep_features and self._has_fixed_features(len(batch))
-        self.batch = replace(batch, observations=self._features(batch, chunk_size)) if self._fixed else batch
+        self.params = [param for param in trainable(policy) if param not in regression.frozen]
+        self.batch = regression.batch
+        self._fixed = keep_features and self._has_fixed_features(len(self.batch))
+        if self._fixed:
+            self.batch = replace(self.batch, observations=self._features(self.batch, regression.chunk_size))
 
     def __call__(self, batch: Batch) -> Tensor:
         """V on a part of `batch`, ``(N,)``."""
@@ -184,57 +187,82 @@ class ValueFunction:
         )
 
 
+@dataclass(frozen=True)
+class ValueEvaluation:
+    """V on the whole batch.
+
+    Attributes:
+        loss: ½ E[(V(s) - R)²].
+        divergence: 0: the fit has nothing to bound.
+    """
+
+    loss: float
+    divergence: float = 0.0
+
+    @property
+    def objective(self) -> float:
+        """Minus the loss."""
+        return -self.loss
+
+
 class ValueProblem:
-    """Minimise ½ E[(V(s) - R)²] over a batch that is visited in chunks.
+    """Minimise ½ E[(V(s) - R)²] around the parameters with which it was made.
 
     Args:
-        values: V and its samples.
-        chunk_size: Most samples in one forward pass; None for all at once.
-        curvature_samples: Most samples that the Gauss-Newton matrix is estimated from; None for all.
+        values: V.
+        chunks: The samples, in parts of one forward pass each.
+        curvature_chunks: Those that the Gauss-Newton matrix is estimated from; None for all of them.
+
+    Attributes:
+        start: The evaluation at θ_old.
+        params: The parameters that may move and that V reaches.
+        theta_old: Their values, ``(P,)``.
+        gradient: E[(R - V) ∇V], ``(P,)``: that of minus the loss.
     """
 
     def __init__(
-        self, values: ValueFunction, *, chunk_size: int | None = None, curvature_samples: int | None = None
+        self, values: ValueFunction, chunks: Sequence[Batch], curvature_chunks: Sequence[Batch] | None = None
     ) -> None:
-        self._values = values
-        self._chunks = values.batch.split(chunk_size)
-        subset = values.batch if curvature_samples is None else values.batch.subset(curvature_samples)
-        self._curvature_chunks = self._chunks if subset is values.batch else subset.split(chunk_size)
+        self._values, self._chunks = values, chunks
+        self._curvature_chunks = chunks if curvature_chunks is None else curvature_chunks
         self._graph: Tensor | None = None
+        losses: list[Tensor] = []
 
-    def evaluate(self) -> ValueTrial:
-        """The loss with the parameters as they are now; in a single chunk, V's graph is kept for what follows."""
-        if len(self._chunks) > 1:
-            return ValueTrial(-self._loss_of_chunks())
-        values = self._values(self._chunks[0])
-        self._graph = values if values.requires_grad else None
-        return ValueTrial(-float(self._loss(self._chunks[0], values.detach())))
+        def objectives() -> Iterator[Tensor]:
+            for chunk in chunks:
+                predicted = values(chunk)
+                self._graph = predicted if len(chunks) == 1 and self._curvature_chunks is chunks else None
+                loss = self._loss(chunk, predicted)
+                losses.append(loss.detach())
+                yield -loss
+
+        slopes = gradient(objectives(), values.params, retain_graph=len(chunks) == 1)
+        self.start = self._summary(losses)
+        self.params = list(slopes)
+        self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(slopes.values()))
 
     @torch.no_grad()
-    def _loss_of_chunks(self) -> float:
-        return float(torch.stack([self._loss(chunk, self._values(chunk)) for chunk in self._chunks]).sum())
+    def evaluate(self) -> ValueEvaluation:
+        """The loss with the parameters as they are now."""
+        self._graph = None  # that of θ_old, which has been left
+        return self._summary([self._loss(chunk, self._values(chunk)) for chunk in self._chunks])
 
-    def forget(self) -> None:
-        """Drop the graph: the parameters were put back without an evaluation."""
-        self._graph = None
-
-    def _loss(self, batch: Batch, values: Tensor) -> Tensor:
-        return batch.mean(0.5 * (values - batch.returns).square())
-
-    def descent_direction(self) -> dict[nn.Parameter, Tensor]:
-        """E[(R - V) ∇V] for the parameters that may move and that V reaches."""
-        if self._graph is not None:
-            return gradient([-self._loss(self._chunks[0], self._graph)], self._values.params, retain_graph=True)
-        return gradient((-self._loss(chunk, self._values(chunk)) for chunk in self._chunks), self._values.params)
-
-    def curvature(self, params: Sequence[nn.Parameter], damping: float) -> GaussNewtonProduct:
+    def curvature(self, damping: float) -> GaussNewtonProduct:
         """Products v ↦ (E[∇V ∇Vᵀ] + λI) v."""
-        graph = self._graph if self._curvature_chunks is self._chunks else None
+        graph = self._graph
 
         def segment(chunk: Batch) -> Segment:
             return lambda: (self._values(chunk) if graph is None else graph, _weighting(chunk))
 
-        return GaussNewtonProduct([segment(chunk) for chunk in self._curvature_chunks], params, damping)
+        return GaussNewtonProduct([segment(chunk) for chunk in self._curvature_chunks], self.params, damping)
+
+    @staticmethod
+    def _loss(batch: Batch, values: Tensor) -> Tensor:
+        return batch.mean(0.5 * (values - batch.returns).square())
+
+    @staticmethod
+    def _summary(losses: list[Tensor]) -> ValueEvaluation:
+        return ValueEvaluation(float(torch.stack(losses).sum()))
 
 
 def _weighting(batch: Batch) -> Metric:
@@ -244,40 +272,60 @@ def _weighting(batch: Batch) -> Metric:
 class AdamCritic(Critic):
     """Minibatch regression with the policy's optimiser, as in sb3-contrib.
 
-    Torch's Adam runs on one flat vector, as one fused kernel where torch has one.
-
-    Args:
-        buffer: The full rollout buffer.
-        action_space: Its action space.
-        batch_size: Samples in a minibatch.
-        n_updates: Epochs.
-        chunk_size: Most samples in one forward pass of a features extractor that is not to be moved.
+    Torch's Adam runs on one flat vector, as one fused kernel where torch has one. Its settings are the model's own
+    arguments ``learning_rate``, ``batch_size`` and ``n_critic_updates``; its state is the optimiser's, which the model
+    keeps.
     """
 
-    def __init__(
-        self,
-        buffer: RolloutBuffer,
-        action_space: spaces.Space,
-        *,
-        batch_size: int,
-        n_updates: int,
-        chunk_size: int | None = None,
-    ) -> None:
-        self._buffer = buffer
-        self._action_space = action_space
-        self._batch_size = batch_size
-        self._n_updates = n_updates
-        self._chunk_size = chunk_size
-
-    def fit(self, policy: ActorCriticPolicy, batch: Batch, frozen: AbstractSet[nn.Parameter]) -> float:
+    def fit(self, regression: Regression) -> float:
         """Run the epochs; the returned error is the mean over minibatches, each before its step."""
-        viewed = type(self._buffer) in VIEWED_BUFFERS
-        values = ValueFunction(policy, batch, frozen, self._chunk_size, keep_features=viewed)
-        losses = []
-        with FlatOptimizer(policy.optimizer, policy, frozen, fused=True) as optimizer:
-            for _ in range(self._n_updates):
-                for part in minibatches(self._buffer, values.batch, self._batch_size, self._action_space):
+        values = ValueFunction(regression, keep_features=regression.minibatches_are_parts)
+        policy, losses = regression.policy, []
+        with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True) as optimizer:
+            for _ in range(regression.epochs):
+                for part in regression.minibatches(values.batch):
                     loss = F.mse_loss(part.returns, values(part))
                     optimizer.descend(loss)
                     losses.append(loss.detach())
         return float(torch.stack(losses).mean())
+
+
+_CRITICS: dict[str, type[Critic]] = {"gauss_newton": GaussNewtonCritic, "adam": AdamCritic}
+
+
+def register_critic(name: str, critic_class: type[Critic]) -> None:
+    """Make a critic known by a name: ``TRPO(..., critic=name, critic_kwargs={...})`` then makes one of ``**kwargs``.
+
+    Args:
+        name: The name; one that is known already is given to another class.
+        critic_class: A subclass of `Critic`, whose constructor takes ``critic_kwargs``.
+
+    Raises:
+        TypeError: If it is no such class.
+    """
+    if not (isinstance(critic_class, type) and issubclass(critic_class, Critic)):
+        raise TypeError(f"`critic_class` must be a subclass of sb3_trpo_ext.Critic, got {critic_class!r}.")
+    _CRITICS[name] = critic_class
+
+
+def make_critic(critic: str | type[Critic], kwargs: dict[str, Any]) -> Critic:
+    """The critic of a registered name, or of a class, made with its arguments.
+
+    Raises:
+        ValueError: If the name is not known, or the arguments are not the critic's.
+    """
+    kind = _CRITICS.get(critic) if isinstance(critic, str) else critic
+    if not (isinstance(kind, type) and issubclass(kind, Critic)):
+        names = ", ".join(map(repr, ("auto", *_CRITICS)))
+        raise ValueError(f"`critic` must be one of {names}, or a subclass of sb3_trpo_ext.Critic, got {critic!r}.")
+    try:
+        return kind(**kwargs)
+    except TypeError as error:
+        of_adam = (
+            " The Adam critic has none: use `learning_rate`, `batch_size` and `n_critic_updates`, or pass "
+            "critic='gauss_newton'."
+        )
+        raise ValueError(
+            f"`critic_kwargs` must be arguments of {kind.__name__}, got {kwargs!r} with critic={critic!r}: {error}."
+            + of_adam * (kind is AdamCritic)
+        ) from error

@@ -70,8 +70,3 @@ def _saved_bytes(forward: Callable[[Batch], Tensor], batch: Batch) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         _output = forward(batch)  # alive until all is counted, so that no address is used twice
     return sum(storages.values())
-
-
-def check_interval(tensor: Tensor) -> int:
-    """Products between two questions whether conjugate gradients have stopped: to ask an accelerator is to wait."""
-    return 1 if tensor.device.type == "cpu" else 1_000_000

@@ -17,7 +17,6 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from torch.nn import functional as F
 
-from sb3_trpo_ext.core.trust_region import Restorable
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
@@ -30,9 +29,10 @@ from sb3_trpo_ext.sb3.checks import (
 )
 from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
-from sb3_trpo_ext.sb3.parameters import PolicyCheckpoint, gradient, trainable
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.parameters import gradient, trainable
+from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.sb3.signal import NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.sb3.transaction import PolicyCheckpoint, Restorable
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""
@@ -50,8 +50,8 @@ class PolicyDivergedError(UpdateRejectedError):
     """The update must be undone because of what the policy has become; the critic, if at all, has no part in it."""
 
 
-class RecomputedProblem:
-    """What `PolicyProblem.evaluate` tells, without the coordinates of π_old: the parameters at θ_old are kept instead.
+class RecomputedComparison:
+    """What `Comparison.evaluate` tells, without the coordinates of π_old: the parameters at θ_old are kept instead.
 
     With thousands of actions the coordinates of a rollout are by far the largest of all that an update holds.
 
@@ -71,10 +71,9 @@ class RecomputedProblem:
         now, shares = PolicyCheckpoint(self._policy), []
         for chunk in self._chunks:
             self._old.restore()
-            problem = PolicyProblem(self._policy, chunk)
-            problem.evaluate()
+            comparison = Comparison(self._policy, chunk)
             now.restore()
-            shares.append(problem.evaluate())
+            shares.append(comparison.evaluate())
         return PolicyEvaluation(
             objective=sum(share.objective for share in shares),
             divergence=sum(share.divergence for share in shares),
@@ -203,7 +202,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         return record
 
     @torch.no_grad()
-    def _problem(self, batch: Batch) -> PolicyProblem | RecomputedProblem:
+    def _problem(self, batch: Batch) -> Comparison | RecomputedComparison:
         """The policy as it is now, to be compared with what the epochs make of it.
 
         A forward pass without a graph takes less memory than a minibatch of as many samples.
@@ -217,12 +216,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             old_z_bytes = len(batch) * coordinates(batch[:1]).nbytes
         chunk_size = max(self.batch_size, min(KL_CHUNK_SIZE, affordable * KL_CHUNK_BYTES * GRAPHS // MEMORY_BUDGET))
         if old_z_bytes > OLD_Z_BYTES and not self.loss_needs_old_z:
-            return RecomputedProblem(self.policy, batch, chunk_size)
-        problem = PolicyProblem(self.policy, batch, chunk_size=chunk_size)
-        self._exact(problem)
-        return problem
+            return RecomputedComparison(self.policy, batch, chunk_size)
+        with consistent_evaluation(self.policy):
+            return Comparison(self.policy, batch, chunk_size=chunk_size)
 
-    def _prepared(self, batch: Batch, problem: PolicyProblem | RecomputedProblem) -> Batch:
+    def _prepared(self, batch: Batch, problem: Comparison | RecomputedComparison) -> Batch:
         """The batch with what the policy loss needs to know of π_old."""
         return batch
 
@@ -238,7 +236,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _adapt(self, ascent: Ascent) -> None:
         """Prepare the next update, knowing what this one did."""
 
-    def _epochs(self, problem: PolicyProblem | RecomputedProblem, batch: Batch) -> Ascent:
+    def _epochs(self, problem: Comparison | RecomputedComparison, batch: Batch) -> Ascent:
         """Run the epochs."""
         statistics: Statistics = defaultdict(list)
         evaluation: PolicyEvaluation | None = None
@@ -260,7 +258,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             evaluation = self._exact(problem)
         return Ascent(statistics, evaluation, evaluation.divergence)
 
-    def _exact(self, problem: PolicyProblem | RecomputedProblem) -> PolicyEvaluation:
+    def _exact(self, problem: Comparison | RecomputedComparison) -> PolicyEvaluation:
         with consistent_evaluation(self.policy):
             return problem.evaluate()
 

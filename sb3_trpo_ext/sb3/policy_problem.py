@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
+from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, family_of
 from sb3_trpo_ext.sb3.methods import owner_of
@@ -86,12 +87,11 @@ class PolicyOutput:
         return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
 
 
-class PolicyProblem:
-    """Maximise L(θ) subject to D(θ) <= δ around the policy as it stands at the first visit.
+class Comparison:
+    """The policy as it changes, compared on a batch with π_old, what it was when the comparison was made.
 
-    L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] + ent_coef · E[H(π_θ(·|s))] and D(θ) = E[KL(π_old(·|s)‖π_θ(·|s))]
-    (Schulman et al. 2015, equation 14), over a batch that is visited in chunks. The first call, `gradients` or
-    `evaluate`, finds θ_old.
+    L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] + ent_coef · E[H(π_θ(·|s))] and D(θ) = E[KL(π_old(·|s)‖π_θ(·|s))], over a batch
+    that is visited in chunks.
 
     Args:
         policy: The policy at θ_old.
@@ -100,37 +100,33 @@ class PolicyProblem:
         chunk_size: Most samples in one forward pass; None for all at once.
 
     Attributes:
-        start: The evaluation at θ_old, after the first call; its divergence is exactly zero.
+        batch: The samples.
+        start: The evaluation at θ_old; its divergence is exactly zero.
     """
-
-    start: PolicyEvaluation
 
     def __init__(
         self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
     ) -> None:
+        self.batch = batch
         self._policy = policy
-        self._batch = batch
         self._ent_coef = ent_coef
         self._chunk_size = chunk_size
         self._chunks = batch.split(chunk_size)
         self._old: list[Tensor] = []
-        self._graph: PolicyOutput | None = None
         self._kl_is_sampled = False
+        self.start = self._summary(self._first_look())
+        if self._kl_is_sampled:
+            _require_differentiable(policy, self._chunks[0][:1])
 
     @property
     def old_z(self) -> Tensor:
-        """The coordinates of π_old at the samples, ``(N, K)``, after the first call."""
-        return self._batch.in_order(self._old, self._chunk_size)
-
-    @property
-    def size(self) -> int:
-        """N, the samples of the batch."""
-        return len(self._batch)
+        """The coordinates of π_old at the samples, ``(N, K)``."""
+        return self.batch.in_order(self._old, self._chunk_size)
 
     @property
     def max_advantage(self) -> float:
         """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
-        return float(self._batch.advantages.abs().max())
+        return float(self.batch.advantages.abs().max())
 
     @torch.no_grad()
     def evaluate(self) -> PolicyEvaluation:
@@ -138,70 +134,39 @@ class PolicyProblem:
 
         Where these are beyond what torch takes for a distribution (an infinite σ), the evaluation is all NaN.
         """
+        shares = []
         try:
-            return self._summary([shares for _, shares in self._visit()])
+            for chunk, old in zip(self._chunks, self._old, strict=True):
+                output = PolicyOutput.of(self._policy, chunk)
+                shares.append(self._shares(chunk, output, output.family.kl(old, output.z))[1])
         except ValueError as error:
-            if not hasattr(self, "start") or "to satisfy the constraint" not in str(error):
+            if "to satisfy the constraint" not in str(error):
                 raise
             return PolicyEvaluation(math.nan, math.nan, math.nan, math.nan)
+        return self._summary(shares)
 
-    def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """∇L at θ_old for the actor: every trainable parameter that the policy's output reaches.
+    @torch.no_grad()
+    def _first_look(self) -> list[Tensor]:
+        """What each chunk has a share of, at θ_old."""
+        return [shares for _, _, shares in self._visit()]
 
-        One forward pass a chunk gives the gradient, `start`, and where all samples fit in one, the graph of `fisher`.
-        """
-        visited: list[Tensor] = []
-
-        def objectives() -> Iterator[Tensor]:
-            for objective, shares in self._visit():
-                visited.append(shares)
-                yield objective
-
-        found = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
-        self.start = self._summary(visited)
-        return found
-
-    def fisher(self, params: Sequence[nn.Parameter], damping: float, samples: int | None = None) -> GaussNewtonProduct:
-        """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
-
-        The graph that gave the gradient also serves the products where both see the whole batch in one chunk. It is
-        given away: it dies with the first step that is tried, even one that is undone.
-        """
-        batch = self._batch if samples is None else self._batch.subset(samples)
-        graph, self._graph = self._graph, None
-        if batch is self._batch and graph is not None:
-            return GaussNewtonProduct([lambda: _fisher_segment(batch, graph)], params, damping)
-
-        def segment(chunk: Batch) -> Segment:
-            return lambda: _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
-
-        return GaussNewtonProduct([segment(chunk) for chunk in batch.split(self._chunk_size)], params, damping)
-
-    def _visit(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the chunks in turn: each one's share of L, and of (L, E[H], D) with its largest KL, detached."""
-        at_start = not self._old
-        without_gradient = False
-        for index, chunk in enumerate(self._chunks):
+    def _visit(self) -> Iterator[tuple[PolicyOutput, Tensor, Tensor]]:
+        """Run the chunks at θ_old: each one's π_old, which is noted, share of L with its graph, and shares of all."""
+        for chunk in self._chunks:
             output = PolicyOutput.of(self._policy, chunk)
-            if at_start:
-                self._old.append(output.z.detach())
-                self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
-                self._kl_is_sampled = isinstance(output.family, SampledFamily)
-                without_gradient = self._kl_is_sampled and not output.z.requires_grad
-            new = output.z.detach()
-            kl = new.new_zeros(len(new)) if at_start else output.family.kl(self._old[index], new)
-            objective, entropy = self._terms(chunk, output.distribution)
-            yield objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
-        if without_gradient:
-            _require_differentiable(self._policy, self._chunks[0][:1])
+            self._old.append(output.z.detach())
+            self._kl_is_sampled = isinstance(output.family, SampledFamily)
+            yield output, *self._shares(chunk, output, output.z.new_zeros(len(output.z)))
+
+    def _shares(self, chunk: Batch, output: PolicyOutput, kl: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk's share of L with its graph, and of (L, E[H], D) with its largest KL, detached."""
+        objective, entropy = self._terms(chunk, output.distribution)
+        return objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
 
     def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
         total = torch.stack(shares)
         objective, entropy, divergence = total[:, :3].sum(dim=0).tolist()
-        evaluation = PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy, self._kl_is_sampled)
-        if not hasattr(self, "start"):
-            self.start = evaluation
-        return evaluation
+        return PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy, self._kl_is_sampled)
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """A chunk's shares of L and of the entropy."""
@@ -213,6 +178,67 @@ class PolicyProblem:
         entropy = -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
         surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
         return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
+
+
+class PolicyProblem(Comparison):
+    """Maximise L(θ) subject to D(θ) <= δ around θ_old (Schulman et al. 2015, equation 14).
+
+    Made at θ_old, with one forward and one backward pass a chunk.
+
+    Args:
+        policy: The policy at θ_old.
+        batch: The samples.
+        ent_coef: Weight of the entropy bonus.
+        chunk_size: Most samples in one forward pass; None for all at once.
+
+    Attributes:
+        gradients: ∇L at θ_old of each actor parameter: every trainable one that the policy's output reaches.
+        params: Those parameters.
+        theta_old: Their values, ``(P,)``.
+        gradient: g, the gradients as one vector, ``(P,)``.
+    """
+
+    gradients: dict[nn.Parameter, Tensor]
+
+    def __init__(
+        self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
+    ) -> None:
+        self._graph: PolicyOutput | None = None
+        super().__init__(policy, batch, ent_coef=ent_coef, chunk_size=chunk_size)
+        self.params = list(self.gradients)
+        self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(self.gradients.values()))
+
+    def evaluate(self) -> PolicyEvaluation:
+        """Evaluate the policy with the parameters it has now, without a graph; see `Comparison.evaluate`."""
+        self._graph = None  # that of θ_old, which has been left
+        return super().evaluate()
+
+    def fisher(self, damping: float, samples: int | None = None) -> GaussNewtonProduct:
+        """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
+
+        Where they are all samples and fit in one chunk, the graph that gave the gradient serves the products too.
+        """
+        part, graph = self.batch if samples is None else self.batch.subset(samples), self._graph
+        self._graph = None
+        if part is self.batch and graph is not None:
+            return GaussNewtonProduct([lambda: _fisher_segment(part, graph)], self.params, damping)
+
+        def segment(chunk: Batch) -> Segment:
+            return lambda: _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
+
+        return GaussNewtonProduct([segment(chunk) for chunk in part.split(self._chunk_size)], self.params, damping)
+
+    def _first_look(self) -> list[Tensor]:
+        visited: list[Tensor] = []
+
+        def objectives() -> Iterator[Tensor]:
+            for output, objective, shares in self._visit():
+                self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
+                visited.append(shares)
+                yield objective
+
+        self.gradients = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
+        return visited
 
 
 def _fisher_segment(batch: Batch, output: PolicyOutput) -> tuple[Tensor, Metric]:

@@ -152,8 +152,8 @@ class PPOClip(FirstOrderAlgorithm):
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         assert callable(self.clip_range)  # since it was set up
         clip_range = self.clip_range(self._current_progress_remaining)  # beyond the end too, as in SB3's PPO
-        clip_fraction = ((ratio.detach() - 1).abs() > clip_range).float().mean()
-        return -clipped_surrogate(ratio, advantages, clip_range).mean(), clip_fraction
+        mean, clipped = part.reduction.mean, (ratio.detach() - 1).abs() > clip_range
+        return -mean(clipped_surrogate(ratio, advantages, clip_range)), mean(clipped.float())
 
     def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
         if self.target_kl is None:

@@ -203,9 +203,10 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         output = PolicyOutput.after_evaluation(self.policy, part)
         assert part.old_z is not None  # see _prepared
-        divergence = output.family.kl(part.old_z, output.z).mean()
+        mean = part.reduction.mean
+        divergence = mean(output.family.kl(part.old_z, output.z))
         penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
-        return penalty - importance_sampled_surrogate(ratio, advantages).mean(), penalty.detach()
+        return penalty - mean(importance_sampled_surrogate(ratio, advantages)), penalty.detach()
 
     def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {

@@ -25,6 +25,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
@@ -80,6 +81,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         policy_changes_in_rollouts: Whether something else than a callback changes the policy while a rollout is
             collected, which fast rollouts then expect at every step. They notice it by themselves, one rollout late.
     """
+
+    reduction: Reduction = ALONE
+    """How what samples say becomes a number, for a model whose samples are spread over workers."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": ActorCriticPolicy,
@@ -349,7 +353,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _log(self, record: dict[str, float]) -> None:
         buffer = self.rollout_buffer
         # In the order of SB3, one environment after the other, for the same rounding.
-        values, returns = (by_time(buffer, array).T.flatten() for array in (buffer.values, buffer.returns))
+        values, returns = (
+            self.reduction.gather(torch.as_tensor(by_time(buffer, array).T.flatten())).numpy()
+            for array in (buffer.values, buffer.returns)
+        )
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())

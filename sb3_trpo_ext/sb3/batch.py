@@ -17,6 +17,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -29,9 +31,11 @@ class Batch:
         advantages: Â, ``(N,)``.
         returns: Regression targets of the critic, ``(N,)``.
         old_values: What the critic said when they were collected, ``(N,)``.
-        weights: Sample weights, ``(N,)``, summing to 1 over the whole batch and to less over a part of it.
+        weights: Sample weights, ``(N,)``, summing to 1 over the whole batch and to less over a part of it, such as
+            that of one of several workers.
         action_masks: Which actions were allowed, as sb3-contrib's maskable policies take them, ``(N, K)``; or None.
         old_z: The coordinates of π_old, ``(N, K)``, where an algorithm needs them; or None.
+        reduction: How what samples say becomes a number; see `core.reduction`.
     """
 
     observations: PyTorchObs
@@ -43,30 +47,32 @@ class Batch:
     weights: Tensor
     action_masks: Tensor | None = None
     old_z: Tensor | None = None
+    reduction: Reduction = ALONE
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """A part of the batch: views of it by a slice, copies by a tensor of indices."""
-        return Batch(*self.fields_at(index))
+        return type(self)(**self.rows(lambda column: column[index]), reduction=self.reduction)
 
-    def fields_at(self, index: slice | Tensor) -> tuple[Any, ...]:
-        """The fields of a part, in order."""
-        observations = self.observations
-        return (
-            {key: value[index] for key, value in observations.items()}
-            if isinstance(observations, dict)
-            else observations[index],
-            self.actions[index],
-            self.old_log_prob[index],
-            self.advantages[index],
-            self.returns[index],
-            self.old_values[index],
-            self.weights[index],
-            None if self.action_masks is None else self.action_masks[index],
-            None if self.old_z is None else self.old_z[index],
-        )
+    def rows(self, change: Callable[[Tensor], Tensor] = lambda column: column) -> dict[str, Any]:
+        """The fields that have a row for each sample, by name, each tensor of them changed."""
+        return {name: _map(getattr(self, name), change) for name in _columns(self)}
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """All samples of several batches of one kind, their weights as they are."""
+        if len(batches) == 1:
+            return batches[0]
+        columns = {name: _join([getattr(batch, name) for batch in batches]) for name in _columns(batches[0])}
+        return replace(batches[0], **columns)
+
+    def gathered(self) -> Batch:
+        """The samples of all workers."""
+        if self.reduction.workers == 1:
+            return self
+        return type(self)(**self.rows(self.reduction.gather))
 
     @property
     def nbytes(self) -> int:
@@ -100,16 +106,22 @@ class Batch:
         return torch.cat(list(rows))
 
     def subset(self, size: int) -> Batch:
-        """At most ``size`` samples, drawn without replacement by numpy's global generator, reweighted to a mean.
+        """At most ``size`` samples of all workers, drawn without replacement by each from its own, and gathered.
 
-        That generator is the one from which SB3's rollout buffers draw their minibatches; nothing is drawn if the
-        batch is no larger than ``size``.
+        NumPy's global generator draws, the one from which SB3's rollout buffers draw their minibatches; nothing is
+        drawn if the batch is no larger than ``size``.
         """
-        if size >= len(self):
-            return self
-        chosen = np.sort(np.random.permutation(len(self))[:size])
-        part = self[torch.from_numpy(chosen)]
-        return replace(part, weights=part.weights / part.weights.sum())
+        here = -(-size // self.reduction.workers)
+        part = self if here >= len(self) else self._drawn(here)
+        return self if part is self and self.reduction.workers == 1 else part.gathered().reweighted()
+
+    def _drawn(self, size: int) -> Batch:
+        """So many samples, in order."""
+        return self[torch.from_numpy(np.sort(np.random.permutation(len(self))[:size]))]
+
+    def reweighted(self) -> Batch:
+        """The same samples with weights that sum to one."""
+        return replace(self, weights=self.weights / self.weights.sum())
 
     def distribution(self, policy: ActorCriticPolicy) -> Distribution:
         """π(·|s), of which `unpadded` rows are the samples' own.
@@ -139,16 +151,45 @@ class Batch:
         return rows
 
     def mean(self, values: Tensor) -> Tensor:
-        """This part's share of the mean of ``values`` ``(N,)`` over samples: every mean goes through here."""
-        return (self.weights * values).sum()
+        """This part's share of the weighted mean of ``values`` ``(N,)`` over the whole batch."""
+        return self.reduction.mean(values, self.weights)
 
     def with_normalized_advantages(self) -> Batch:
         """(Â - mean) / std over the samples of positive weight, with the unbiased standard deviation."""
-        centred = self.advantages - self.mean(self.advantages)
-        centred = centred - self.mean(centred)  # what rounding left of a mean that is large beside the differences
-        count = (self.weights > 0).sum()
-        variance = self.mean(centred.square()) * count / (count - 1)
+        total = self.reduction.total
+        centred = self.advantages - total(self.mean(self.advantages))
+        centred = centred - total(self.mean(centred))  # what rounding left of a mean that is large beside the rest
+        count = total((self.weights > 0).sum())
+        variance = total(self.mean(centred.square())) * count / (count - 1)
         return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
+
+
+def _columns(batch: Batch) -> list[str]:
+    """The fields of a batch that have a row for each sample."""
+    return [name for name in batch.__dataclass_fields__ if name != "reduction"]
+
+
+def _map(column: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor of a field."""
+    if column is None:
+        return None
+    if isinstance(column, dict):
+        return {key: change(value) for key, value in column.items()}
+    if isinstance(column, tuple):
+        return tuple(map(change, column))
+    return change(column)
+
+
+def _join(columns: Sequence[Any]) -> Any:
+    """One field of several batches, one after the other."""
+    first = columns[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {key: torch.cat([column[key] for column in columns]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(torch.cat(parts) for parts in zip(*columns, strict=True))
+    return torch.cat(list(columns))
 
 
 PATIENCE = 5.0

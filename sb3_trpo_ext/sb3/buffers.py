@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from torch import Tensor
 
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.sequences import SequenceBatch
 
@@ -29,23 +30,28 @@ MOVED_AT_ONCE = 256 * 2**20
 """Bytes of observations up to which all of them are put on the policy's device for the time of an update."""
 
 
-def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
+def whole_rollout(buffer: RolloutBuffer, action_space: spaces.Space, reduction: Reduction = ALONE) -> Batch:
     """All samples of a full rollout buffer, ordered by time, those of a recurrent one as sequences.
 
     The arrays of SB3's own buffers are viewed as they are, so that a rollout of images is not in memory twice, unless a
     callback has called ``get``, which reorders them. Another class of buffer is asked by its ``get``.
+
+    Args:
+        buffer: The buffer.
+        action_space: Its actions'.
+        reduction: How what the samples say becomes a number.
 
     Raises:
         RuntimeError: If the buffer is not full.
     """
     check_full(buffer)
     if isinstance(buffer, RECURRENT_BUFFERS):
-        return _sequences(buffer, action_space)
+        return _sequences(buffer, action_space, reduction)
     if type(buffer) in VIEWED_BUFFERS:
-        return _viewed(buffer, action_space)
+        return _viewed(buffer, action_space, reduction)
     with unchanged_numpy_state():
         data = next(iter(buffer.get(batch_size=None)))
-    return _of_samples(data, buffer, action_space)
+    return _of_samples(data, buffer, action_space, reduction)
 
 
 def resize(buffer: RolloutBuffer, n_steps: int, n_envs: int) -> None:
@@ -116,7 +122,7 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
         return
     if type(buffer) not in VIEWED_BUFFERS:
         for data in buffer.get(size):
-            yield _of_samples(data, buffer, action_space)
+            yield _of_samples(data, buffer, action_space, batch.reduction)
         return
     order = torch.from_numpy(_env_major(buffer)[np.random.permutation(len(batch))])
     if batch.nbytes <= MOVED_AT_ONCE:
@@ -127,48 +133,62 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
 
 
 def _of_samples(
-    data: RolloutBufferSamples | DictRolloutBufferSamples, buffer: RolloutBuffer, action_space: spaces.Space
+    data: RolloutBufferSamples | DictRolloutBufferSamples,
+    buffer: RolloutBuffer,
+    action_space: spaces.Space,
+    reduction: Reduction,
 ) -> Batch:
     if data.old_log_prob.numel() != data.advantages.numel():
         raise ValueError(
             f"The rollout buffer {type(buffer).__name__} returned {data.old_log_prob.numel()} log-probabilities for "
             f"{data.advantages.numel()} advantages: `rollout_buffer_class.get` must return one of each a sample."
         )
+    advantages = data.advantages.flatten()
     return Batch(
-        data.observations,
-        policy_actions(data.actions, action_space),
-        data.old_log_prob.flatten(),
-        data.advantages.flatten(),
-        data.returns.flatten(),
-        data.old_values.flatten(),
-        torch.full_like(data.advantages.flatten(), 1.0 / data.advantages.numel()),
-        getattr(data, "action_masks", None),
+        observations=data.observations,
+        actions=policy_actions(data.actions, action_space),
+        old_log_prob=data.old_log_prob.flatten(),
+        advantages=advantages,
+        returns=data.returns.flatten(),
+        old_values=data.old_values.flatten(),
+        weights=torch.full_like(advantages, 1.0 / reduction.count(len(advantages))),
+        action_masks=getattr(data, "action_masks", None),
+        reduction=reduction,
     )
 
 
-def _viewed(buffer: RolloutBuffer, action_space: spaces.Space) -> Batch:
+def _viewed(buffer: RolloutBuffer, action_space: spaces.Space, reduction: Reduction) -> Batch:
     size = buffer.buffer_size * buffer.n_envs
 
     def rows(array: NDArray[Any], *shape: int) -> Tensor:
         view = torch.from_numpy(by_time(buffer, array).reshape(size, *shape))
         return view.to(buffer.device) if array.nbytes <= MOVED_AT_ONCE else view
 
+    def numbers(array: NDArray[Any]) -> Tensor:
+        return rows(array).to(buffer.device)
+
     observations, shapes = buffer.observations, buffer.obs_shape
+    masks = None
+    if isinstance(buffer, MASKABLE_BUFFERS):
+        masks = rows(buffer.action_masks, buffer.mask_dims).to(buffer.device)
     return Batch(
-        {key: rows(value, *shapes[key]) for key, value in observations.items()}
+        observations={key: rows(value, *shapes[key]) for key, value in observations.items()}
         if isinstance(observations, dict) and isinstance(shapes, dict)
         else rows(observations, *shapes),
-        policy_actions(rows(buffer.actions, buffer.action_dim).to(buffer.device).float(), action_space),
-        rows(buffer.log_probs).to(buffer.device),
-        rows(buffer.advantages).to(buffer.device),
-        rows(buffer.returns).to(buffer.device),
-        rows(buffer.values).to(buffer.device),
-        torch.full((size,), 1.0 / size, device=buffer.device),
-        rows(buffer.action_masks, buffer.mask_dims).to(buffer.device) if isinstance(buffer, MASKABLE_BUFFERS) else None,
+        actions=policy_actions(rows(buffer.actions, buffer.action_dim).to(buffer.device).float(), action_space),
+        old_log_prob=numbers(buffer.log_probs),
+        advantages=numbers(buffer.advantages),
+        returns=numbers(buffer.returns),
+        old_values=numbers(buffer.values),
+        weights=torch.full((size,), 1.0 / reduction.count(size), device=buffer.device),
+        action_masks=masks,
+        reduction=reduction,
     )
 
 
-def _sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, action_space: spaces.Space) -> Batch:
+def _sequences(
+    buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, action_space: spaces.Space, reduction: Reduction
+) -> Batch:
     """One environment after the other, each cut where its episodes begin."""
     order = torch.from_numpy(_env_major(buffer))
     lstm = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
@@ -179,8 +199,10 @@ def _sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, acti
     )
     resets = torch.from_numpy(by_time(buffer, buffer.episode_starts).reshape(-1))[order].to(buffer.device)
     first_steps = torch.arange(len(order), device=buffer.device) % buffer.buffer_size == 0
-    fields = _viewed(buffer, action_space).fields_at(order)
-    return SequenceBatch(*fields, starts=(resets > 0) | first_steps, resets=resets, states=states)
+    samples = _viewed(buffer, action_space, reduction)[order]
+    return SequenceBatch(
+        **samples.rows(), reduction=reduction, starts=(resets > 0) | first_steps, resets=resets, states=states
+    )
 
 
 def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:

@@ -12,7 +12,6 @@ import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
@@ -223,7 +222,7 @@ class ValueProblem:
     def __init__(
         self, values: ValueFunction, chunks: Sequence[Batch], curvature_chunks: Sequence[Batch] | None = None
     ) -> None:
-        self._values, self._chunks = values, chunks
+        self._values, self._chunks, self._reduction = values, chunks, values.batch.reduction
         self._curvature_chunks = chunks if curvature_chunks is None else curvature_chunks
         self._graph: Tensor | None = None
         losses: list[Tensor] = []
@@ -236,10 +235,11 @@ class ValueProblem:
                 losses.append(loss.detach())
                 yield -loss
 
-        slopes = gradient(objectives(), values.params, retain_graph=len(chunks) == 1)
+        shares = gradient(objectives(), values.params, retain_graph=len(chunks) == 1)
         self.start = self._summary(losses)
-        self.params = list(slopes)
-        self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(slopes.values()))
+        self.params = list(shares)
+        self.theta_old = flatten(self.params).detach()
+        self.gradient = flatten(self._reduction.gradients(list(shares.values())))
 
     @torch.no_grad()
     def evaluate(self) -> ValueEvaluation:
@@ -260,9 +260,8 @@ class ValueProblem:
     def _loss(batch: Batch, values: Tensor) -> Tensor:
         return batch.mean(0.5 * (values - batch.returns).square())
 
-    @staticmethod
-    def _summary(losses: list[Tensor]) -> ValueEvaluation:
-        return ValueEvaluation(float(torch.stack(losses).sum()))
+    def _summary(self, losses: list[Tensor]) -> ValueEvaluation:
+        return ValueEvaluation(self._reduction.number(torch.stack(losses).sum()))
 
 
 def _weighting(batch: Batch) -> Metric:
@@ -284,10 +283,10 @@ class AdamCritic(Critic):
         with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True) as optimizer:
             for _ in range(regression.epochs):
                 for part in regression.minibatches(values.batch):
-                    loss = F.mse_loss(part.returns, values(part))
-                    optimizer.descend(loss)
+                    loss = part.reduction.mean((part.returns - values(part)).square())
+                    optimizer.descend(loss, reduction=part.reduction)
                     losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+        return regression.batch.reduction.number(torch.stack(losses).sum() / len(losses))
 
 
 _CRITICS: dict[str, type[Critic]] = {"gauss_newton": GaussNewtonCritic, "adam": AdamCritic}

@@ -15,7 +15,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
-from torch.nn import functional as F
 
 from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
@@ -185,7 +184,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _update(self) -> dict[str, float]:
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
-            batch = without_noise(whole_rollout(self.rollout_buffer, self.action_space), self.rollout_buffer)
+            rollout = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
+            batch = without_noise(rollout, self.rollout_buffer)
             if not has_signal(batch):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             problem = self._problem(batch)
@@ -267,24 +267,25 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
         records: list[Tensor] = []
+        names: list[str] = []
         within_target, silent = True, not has_signal(batch)
         with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
             for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
                 if silent:  # a buffer of another kind deals out its own advantages
                     part = replace(part, advantages=torch.zeros_like(part.advantages))
                 loss, record = self._loss_on(part)
-                records.append(record)
-                if self._exceeds_target(record[0], epoch):
+                names = list(record)
+                records.append(self.reduction.total(torch.stack(list(record.values()))))
+                if self._exceeds_target(records[-1][0], epoch):
                     within_target = False
                     break
-                if not optimizer.descend(loss, self.max_grad_norm):
+                if not optimizer.descend(loss, self.max_grad_norm, reduction=self.reduction):
                     raise self._rejection(part)
-        names = ("approx_kl", self.loss_statistic, "policy_gradient_loss", "value_loss", "entropy_loss", "loss")
         for key, column in zip(names, torch.stack(records).T.tolist(), strict=True):
             statistics[key].extend(column)
         return within_target
 
-    def _loss_on(self, part: Batch) -> tuple[Tensor, Tensor]:
+    def _loss_on(self, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on a minibatch, with its graph, and what is logged of it."""
         try:
             actor_loss, value_loss, record = self._losses(part)
@@ -310,30 +311,37 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                 raise PolicyDivergedError(str(rejection)) from rejection
             raise
 
-    def _losses(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The actor's and the critic's part of the loss on a minibatch, with their graphs, and what is logged.
 
-        That begins with the sampled KL estimate, the mean of (r - 1) - log r.
+        ``approx_kl`` is the sampled KL estimate, the mean of (r - 1) - log r.
         """
+        mean = part.reduction.mean
         values, log_prob, entropy = part.evaluate_actions(self.policy)
 
         advantages = part.advantages
         if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = part.reduction.standardized(advantages)
         log_ratio = log_prob - part.old_log_prob
         ratio = torch.exp(log_ratio)
         policy_loss, statistic = self._policy_loss(part, ratio, advantages)
-        value_loss = F.mse_loss(part.returns, self._clipped_values(values, part.old_values))
-        entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
+        value_loss = mean((part.returns - self._clipped_values(values, part.old_values)).square())
+        entropy_loss = -mean(-log_prob if entropy is None else entropy)
         # A bonus of weight zero changes no bit of the loss and its gradient, but costs a backward pass.
         weight = self.entropy_weight()
         actor_loss = policy_loss + weight * entropy_loss if weight else policy_loss
         # With weight zero the critic has gradients of zero, as in SB3, even where its loss is not finite.
         critic_loss = self.vf_coef * value_loss if self.vf_coef else (0 * values).nan_to_num().sum()
 
-        approx_kl = (ratio.detach() - 1 - log_ratio.detach()).mean()
-        losses = (each.detach() for each in (policy_loss, value_loss, entropy_loss, actor_loss + critic_loss))
-        return actor_loss, critic_loss, torch.stack([approx_kl, statistic, *losses])
+        record = {
+            "approx_kl": mean(ratio.detach() - 1 - log_ratio.detach()),
+            self.loss_statistic: statistic,
+            "policy_gradient_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy_loss": entropy_loss.detach(),
+            "loss": (actor_loss + critic_loss).detach(),
+        }
+        return actor_loss, critic_loss, record
 
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:

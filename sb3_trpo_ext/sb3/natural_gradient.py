@@ -177,7 +177,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         record = {"train/target_kl": self.trust_region_radius()}
         with consistent_evaluation(self.policy):
             with timed(record, "time/policy_s"):
-                batch = whole_rollout(self.rollout_buffer, self.action_space)
+                batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
                 chunk_size = self._chunk_size(batch)
                 problem = self._problem(batch, chunk_size)
                 step = self._policy_step_or_none(problem)
@@ -227,7 +227,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _fisher(self, problem: PolicyProblem) -> GaussNewtonProduct:
         """Products with F + λI."""
-        samples = math.ceil(len(problem.batch) / self.sub_sampling_factor)
+        samples = math.ceil(problem.batch.reduction.count(len(problem.batch)) / self.sub_sampling_factor)
         if self.curvature_samples is not None:
             samples = min(samples, self.curvature_samples)
         return problem.fisher(self.cg_damping * self._action_dimensions(), samples)

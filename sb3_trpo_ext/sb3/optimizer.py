@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.core.vectors import flatten, unflatten
 from sb3_trpo_ext.sb3.parameters import trainable
 
@@ -80,12 +81,13 @@ class FlatOptimizer:
         for param, grad in self._set_aside:
             param.grad = grad
 
-    def descend(self, loss: Tensor, max_norm: float | None = None) -> bool:
+    def descend(self, loss: Tensor, max_norm: float | None = None, *, reduction: Reduction = ALONE) -> bool:
         """Step the parameters that a loss reaches along its gradient.
 
         Args:
             loss: A scalar with its graph, which is released.
             max_norm: The gradient is scaled down to this norm if its own is larger; None to leave it as it is.
+            reduction: Of whose samples the loss is a share.
 
         Returns:
             False, and nothing has moved, if ``max_norm`` is given and the gradient's norm is not finite.
@@ -98,11 +100,18 @@ class FlatOptimizer:
         if not self._backward(loss):
             return True
         reached = [param for param in self._params if param.grad is not None]
+        if reduction.workers > 1:
+            _set_gradients(reached, reduction.gradients(_gradients(reached)))
         if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
             return False
+        self._step(reached)
+        return True
+
+    def _step(self, reached: list[nn.Parameter]) -> None:
+        """Step along the gradients, by the flat Adam where that may."""
         if self._by_itself or not reached:
             self._optimizer.step()
-            return True
+            return
         if len(reached) != len(self._reached) or any(a is not b for a, b in zip(reached, self._reached, strict=True)):
             self._write_back()
             self._reached = reached
@@ -112,7 +121,6 @@ class FlatOptimizer:
             self._flat.step()
         else:
             self._optimizer.step()
-        return True
 
     def _backward(self, loss: Tensor) -> bool:
         """Fill in the gradients of what is to be moved; False if nothing that the loss is made of can move."""
@@ -137,6 +145,11 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
     return [param.grad for param in params if param.grad is not None]
+
+
+def _set_gradients(params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
 
 
 def _clip(gradients: list[Tensor], max_norm: float) -> bool:

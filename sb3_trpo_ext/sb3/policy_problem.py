@@ -126,7 +126,7 @@ class Comparison:
     @property
     def max_advantage(self) -> float:
         """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
-        return float(self.batch.advantages.abs().max())
+        return float(self.batch.reduction.largest(self.batch.advantages.abs()))
 
     @torch.no_grad()
     def evaluate(self) -> PolicyEvaluation:
@@ -134,7 +134,7 @@ class Comparison:
 
         Where these are beyond what torch takes for a distribution (an infinite σ), the evaluation is all NaN.
         """
-        shares = []
+        shares: list[Tensor] = []
         try:
             for chunk, old in zip(self._chunks, self._old, strict=True):
                 output = PolicyOutput.of(self._policy, chunk)
@@ -142,7 +142,7 @@ class Comparison:
         except ValueError as error:
             if "to satisfy the constraint" not in str(error):
                 raise
-            return PolicyEvaluation(math.nan, math.nan, math.nan, math.nan)
+            shares = [torch.full((4,), math.nan)]
         return self._summary(shares)
 
     @torch.no_grad()
@@ -161,12 +161,15 @@ class Comparison:
     def _shares(self, chunk: Batch, output: PolicyOutput, kl: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's share of L with its graph, and of (L, E[H], D) with its largest KL, detached."""
         objective, entropy = self._terms(chunk, output.distribution)
-        return objective, torch.stack([objective.detach(), entropy.detach(), chunk.mean(kl), kl.max()])
+        return objective, torch.stack(
+            [objective.detach(), entropy.detach(), chunk.mean(kl), chunk.reduction.largest_share(kl)]
+        )
 
     def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
-        total = torch.stack(shares)
-        objective, entropy, divergence = total[:, :3].sum(dim=0).tolist()
-        return PolicyEvaluation(objective, divergence, float(total[:, 3].max()), entropy, self._kl_is_sampled)
+        reduction, columns = self.batch.reduction, torch.stack(shares)
+        objective, entropy, divergence = reduction.total(columns[:, :3].sum(dim=0)).tolist()
+        kl_max = float(reduction.largest(columns[:, 3]))
+        return PolicyEvaluation(objective, divergence, kl_max, entropy, self._kl_is_sampled)
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """A chunk's shares of L and of the entropy."""
@@ -237,7 +240,9 @@ class PolicyProblem(Comparison):
                 visited.append(shares)
                 yield objective
 
-        self.gradients = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
+        shares = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
+        totals = self.batch.reduction.gradients(list(shares.values()))
+        self.gradients = dict(zip(shares, totals, strict=True))
         return visited
 
 

@@ -63,18 +63,8 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """All samples of several rollouts, each with the same weight."""
     if len(batches) == 1:
         return batches[0]
-    total = sum(map(len, batches))
-
-    def join(values: Sequence[Any]) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], dict):
-            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
-        return torch.cat(list(values))
-
-    fields = [join(values) for values in zip(*(batch.fields_at(slice(None)) for batch in batches), strict=True)]
-    batch = Batch(*fields)
-    return replace(batch, weights=torch.full_like(batch.weights, 1.0 / total))
+    batch = Batch.joined(batches)
+    return replace(batch, weights=torch.full_like(batch.weights, 1.0 / batch.reduction.count(len(batch))))
 
 
 def shared_radius(radius: float, rollouts: int) -> float:

@@ -67,12 +67,8 @@ class SequenceBatch(Batch):
         positions = torch.arange(len(self), device=self.starts.device)[index]
         follows = torch.zeros_like(positions, dtype=torch.bool)
         follows[1:] = positions[1:] == positions[:-1] + 1
-        return SequenceBatch(
-            *self.fields_at(index),
-            starts=self.starts[index] | ~follows,
-            resets=self.resets[index],
-            states=tuple(state[index] for state in self.states),
-        )
+        part: Any = super().__getitem__(index)
+        return replace(part, starts=part.starts | ~follows)
 
     @cached_property
     def _firsts(self) -> Tensor:
@@ -206,18 +202,12 @@ class SequenceBatch(Batch):
         order = torch.cat(self._parts(size))
         return torch.cat(list(rows))[torch.argsort(order)]
 
-    def subset(self, size: int) -> Batch:
-        """Whole sequences, drawn without replacement until they have ``size`` samples, reweighted to a mean.
-
-        They are drawn by numpy's global generator; nothing is drawn if the batch is no larger than ``size``.
-        """
-        if size >= len(self):
-            return self
+    def _drawn(self, size: int) -> Batch:
+        """Whole sequences, drawn without replacement until they have ``size`` samples."""
         sequences = self._sequences()
         order = np.random.permutation(len(sequences))
         enough = int(np.searchsorted(np.cumsum([len(sequences[i]) for i in order]), size)) + 1
-        part = self[torch.cat([sequences[i] for i in np.sort(order[:enough])])]
-        return replace(part, weights=part.weights / part.weights.sum())
+        return self[torch.cat([sequences[i] for i in np.sort(order[:enough])])]
 
     def _sequences(self) -> list[Tensor]:
         """The samples of each sequence."""

@@ -36,12 +36,13 @@ def without_noise(batch: Batch, buffer: RolloutBuffer) -> Batch:
         buffer: The rollout that they come from.
     """
     advantages = batch.advantages[batch.weights > 0]
-    bounds = [advantages.max(), advantages.min(), batch.old_values.abs().max()]
+    largest, smallest = batch.reduction.largest, batch.reduction.smallest
+    bounds = [largest(advantages), smallest(advantages), largest(batch.old_values.abs())]
     most, least, value = torch.stack(bounds).tolist()
     spread, magnitude = most - least, max(abs(most), abs(least)) + value
     rounding = rounding_of_advantages(
         magnitude,
-        longest_recursion(buffer),
+        int(batch.reduction.largest(torch.tensor(longest_recursion(buffer)))),
         decay=buffer.gamma * buffer.gae_lambda,
         eps=torch.finfo(advantages.dtype).eps,
     )
@@ -51,7 +52,7 @@ def without_noise(batch: Batch, buffer: RolloutBuffer) -> Batch:
 
 def has_signal(batch: Batch) -> bool:
     """Whether any advantage is not zero."""
-    return bool(batch.advantages.any())
+    return batch.reduction.any(batch.advantages)
 
 
 def longest_recursion(buffer: RolloutBuffer) -> int:

@@ -5,6 +5,7 @@ from sb3_trpo_ext.npg import NPG
 from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext.sb3.critic import Critic, register_critic
 from sb3_trpo_ext.sb3.distributions import Family, register_family
 from sb3_trpo_ext.trpo import TRPO
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NPG",
     "TRPO",
+    "Critic",
     "Family",
     "MaskableTRPO",
     "PPOClip",
@@ -21,5 +23,6 @@ __all__ = [
     "RecurrentPPOClip",
     "RecurrentTRPO",
     "__version__",
+    "register_critic",
     "register_family",
 ]

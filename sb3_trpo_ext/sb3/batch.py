@@ -105,13 +105,13 @@ class Batch:
         """Rows of the parts of ``split(size)`` -> rows of the batch, ``(N, ...)``."""
         return torch.cat(list(rows))
 
-    def subset(self, size: int) -> Batch:
+    def subset(self, size: int | None) -> Batch:
         """At most ``size`` samples of all workers, drawn without replacement by each from its own, and gathered.
 
         NumPy's global generator draws, the one from which SB3's rollout buffers draw their minibatches; nothing is
-        drawn if the batch is no larger than ``size``.
+        drawn if the batch is no larger than ``size``, or that is None.
         """
-        here = -(-size // self.reduction.workers)
+        here = len(self) if size is None else -(-size // self.reduction.workers)
         part = self if here >= len(self) else self._drawn(here)
         return self if part is self and self.reduction.workers == 1 else part.gathered().reweighted()
 

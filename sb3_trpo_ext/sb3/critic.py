@@ -121,7 +121,7 @@ class GaussNewtonCritic(Critic):
         values = ValueFunction(regression)
         chunks = values.batch.split(regression.chunk_size)
         samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
-        subset = values.batch if samples is None else values.batch.subset(samples)
+        subset = values.batch.subset(samples)
         seen = chunks if subset is values.batch else subset.split(regression.chunk_size)
         loss = 0.0
         for _ in range(self.n_steps):

@@ -221,7 +221,7 @@ class PolicyProblem(Comparison):
 
         Where they are all samples and fit in one chunk, the graph that gave the gradient serves the products too.
         """
-        part, graph = self.batch if samples is None else self.batch.subset(samples), self._graph
+        part, graph = self.batch.subset(samples), self._graph
         self._graph = None
         if part is self.batch and graph is not None:
             return GaussNewtonProduct([lambda: _fisher_segment(part, graph)], self.params, damping)

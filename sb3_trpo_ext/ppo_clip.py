@@ -12,6 +12,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import clipped_surrogate
+from sb3_trpo_ext.sb3.algorithm import plain
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.checks import check_schedule
 from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
@@ -141,7 +142,7 @@ class PPOClip(FirstOrderAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.clip_range = FloatSchedule(self.clip_range)
+        self.clip_range = FloatSchedule(plain(self.clip_range))
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

@@ -19,7 +19,7 @@ from sb3_trpo_ext.core.objectives import (
     importance_sampled_surrogate,
     searched_penalty,
 )
-from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError
+from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError, plain
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_number, check_radius
@@ -166,7 +166,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.target_kl = FloatSchedule(self.target_kl)
+        self.target_kl = FloatSchedule(plain(self.target_kl))
         low, high = self.kl_coef_bounds
         self.kl_coef_bounds = (low, high)  # a list, if it comes from a file
 

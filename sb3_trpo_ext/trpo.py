@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
+from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
@@ -91,7 +92,8 @@ class TRPO(NaturalGradientAlgorithm):
             the trust region or does not improve the surrogate, m is forgotten and the plain direction is taken.
             Successive steps are alike, so that noise alone drifts (1+μ)/(1-μ) times as far in KL: lower ``target_kl``
             with it. ``train/momentum`` logs the μ of the step taken. m belongs to an environment and a policy: it is
-            forgotten by ``set_env`` with another environment, ``set_parameters`` and ``load``.
+            forgotten by ``set_env`` with another environment, ``set_parameters`` and ``load``, and where the policy was
+            replaced or its parameters were changed by anything but an update.
         sample_reuse: M: the policy step sees the last M rollouts, with the exact ratios to the policies that made them
             (equation 10 with q = these) and advantages estimated again by V-trace (GeTRPO, Queeney et al. 2022,
             https://arxiv.org/abs/2206.13714). δ is divided by ((M+1)/2)², so that a sample is left as far in all as
@@ -197,6 +199,7 @@ class TRPO(NaturalGradientAlgorithm):
         self._past_rollouts: tuple[PastRollout, ...] = ()
         self.final_n_steps = final_n_steps
         self.gradient_memory: np.ndarray | None = None
+        self._theta_left: Tensor | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.line_search_accept_ratio = line_search_accept_ratio
@@ -247,10 +250,10 @@ class TRPO(NaturalGradientAlgorithm):
         return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts"))
+        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts", "_theta_left"))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory"]
+        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory", "_theta_left"]
 
     def _forget(self) -> None:
         """Drop momentum and past rollouts too.
@@ -259,7 +262,11 @@ class TRPO(NaturalGradientAlgorithm):
         policies that are a few steps apart, and momentum on a gradient that has hardly turned.
         """
         super()._forget()
-        self.gradient_memory, self._past_rollouts = None, ()
+        self.gradient_memory, self._past_rollouts, self._theta_left = None, (), None
+
+    def _theta(self) -> Tensor:
+        """All parameters as they are."""
+        return flatten(list(self.policy.parameters())).detach()
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
@@ -310,6 +317,8 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
+        if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
+            self._forget()  # another policy, or parameters that no update made
         past = [
             rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
             for rollout in self._past_rollouts
@@ -318,6 +327,7 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _keep(self, batch: Batch) -> None:
         """Keep the rollout for the updates to come, and the ones before it that will still be used."""
+        self._theta_left = self._theta() if self.momentum or self.sample_reuse > 1 else None
         if self.sample_reuse > 1:
             assert self._last_episode_starts is not None  # since the rollout
             newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)

@@ -8,8 +8,10 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -38,7 +40,6 @@ from sb3_trpo_ext.sb3.checks import (
     check_spaces,
     check_trainable,
 )
-from sb3_trpo_ext.sb3.distributions import family_of
 from sb3_trpo_ext.sb3.forward import NotCoveredError
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.rollout import fast_rollout
@@ -64,6 +65,19 @@ PROBED = 256
 
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did.
+
+    Attributes:
+        record: What to log of it.
+        reason: Why the policy is as it was, in words; empty if it moved.
+    """
+
+    record: dict[str, float]
+    reason: str = ""
 
 
 class UpdateRejectedError(Exception):
@@ -110,14 +124,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """Check the arguments, then build; `load` comes through here too."""
         self._check_arguments()
         self._checked_size = self._rollout_size()
+        self.learning_rate = plain(self.learning_rate)
         with torch.inference_mode(False):  # whose tensors could not be trained
             super()._setup_model()
-        distribution = getattr(self.policy, "action_dist", None)
-        if self.verbose >= 1 and distribution is not None and family_of(distribution) is None:
-            print(
-                f"No KL divergence is registered for {type(distribution).__name__}: it is estimated from the actions "
-                "that were taken (see sb3_trpo_ext.register_family)."
-            )
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
@@ -130,7 +139,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _rollout_size(self) -> tuple[Any, ...]:
         """What the checks of arguments know of a rollout's size, and a user may change between two rollouts."""
-        return self.n_steps, self.n_envs, getattr(self, "batch_size", None)
+        return repr(self.n_steps), self.n_envs, repr(getattr(self, "batch_size", None))  # 32 is not 32.0
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Train in another environment: what was remembered of the last one is dropped; arguments as in SB3.
@@ -164,18 +173,18 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
-        value = float(self._in_force(self.ent_coef))
+        value = self._in_force(self.ent_coef)
         if callable(self.ent_coef):
             check_finite("ent_coef", value)
         return value
 
     def _in_force(self, argument: float | Schedule) -> float:
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
-        return argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument
+        return float(argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument)
 
     @abstractmethod
-    def _update(self) -> dict[str, float]:
-        """Update policy and critic from the full rollout buffer; returns what to log."""
+    def _update(self) -> Outcome:
+        """Update policy and critic from the full rollout buffer."""
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
@@ -316,19 +325,20 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _train(self) -> None:
         check_full(self.rollout_buffer)
         check_trainable(self.policy)
-        record: dict[str, float] = {}
+        outcome = Outcome({})
         try:
             states = self._checkpoints()
             # Twice: the outer one finishes what an interrupt cuts short while the inner one undoes an update.
             with Atomic(*states), Atomic(*states):
                 self._update_learning_rate(self.policy.optimizer)
-                outcome = self._update()
-                self._check_outcome(outcome, states)
-                record = outcome  # what was undone is not logged as done
+                finished = self._update()
+                self._check_outcome(finished.record, states)
+                outcome = finished  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
-            self._report_rejection(str(rejection))
+            outcome = Outcome({}, str(rejection))
             self._after_rejection(rejection)
-        self._log(record)
+        self._report(outcome)
+        self._log(outcome.record)
 
     def _after_rejection(self, rejection: UpdateRejectedError) -> None:
         """Prepare the next update after one that was undone."""
@@ -364,6 +374,18 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         for key, value in record.items():
             self.logger.record(key, value)
 
+    def _report(self, outcome: Outcome) -> None:
+        """Count updates that left the policy as it was."""
+        if outcome.record.get("train/kl_is_sampled"):
+            self._tell_once(
+                "the KL divergence is estimated from the actions that were taken (see sb3_trpo_ext.register_family)",
+                f"none is registered for {type(getattr(self.policy, 'action_dist', None)).__name__}",
+            )
+        if outcome.reason:
+            self._report_rejection(outcome.reason)
+        else:
+            self._rejections_in_a_row = 0
+
     def _report_rejection(self, reason: str) -> None:
         """Tell the user why an update was rejected: each reason once, and a warning when it goes on."""
         self._tell_once("update rejected, the policy is unchanged", reason)
@@ -373,7 +395,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 f"{REJECTIONS_BEFORE_WARNING} updates in a row were rejected, the last because {reason}. "
                 + CURES.get(reason, f"The usual cures: {self._cures()}."),
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _cures(self) -> str:
@@ -387,9 +409,6 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             if self.verbose >= 1:
                 print(f"{type(self).__name__}: {event}: {reason}.")
 
-    def _report_success(self) -> None:
-        self._rejections_in_a_row = 0
-
 
 def _is_raised_by_a_policy(error: Exception) -> bool:
     """Whether it comes from torch or the code that acts, rather than from an environment or a callback."""
@@ -397,6 +416,11 @@ def _is_raised_by_a_policy(error: Exception) -> bool:
     while trace is not None:
         where, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
     return where.split(".")[0] in ("torch", "sb3_trpo_ext")
+
+
+def plain(value: Any) -> Any:
+    """A schedule as it is, and a number of NumPy as a float, which SB3's schedules take."""
+    return float(value) if isinstance(value, np.number) else value
 
 
 @contextmanager

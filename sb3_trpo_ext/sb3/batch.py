@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,11 @@ class Batch:
         if self.reduction.workers == 1:
             return self
         return type(self)(**self.rows(self.reduction.gather))
+
+    @property
+    def places(self) -> int:
+        """What a forward pass over the whole batch goes through: its samples, and their padding."""
+        return len(self)
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +167,15 @@ class Batch:
         centred = centred - total(self.mean(centred))  # what rounding left of a mean that is large beside the rest
         count = total((self.weights > 0).sum())
         variance = total(self.mean(centred.square())) * count / (count - 1)
+        largest = self.reduction.largest(centred.abs())
+        if 1 < largest < math.inf and not variance < math.inf:  # only the squares overflow
+            return replace(self, advantages=centred / largest).with_normalized_advantages()
         return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
+
+
+def fits(chunks: Sequence[Batch], size: int | None) -> bool:
+    """Whether the graphs of all chunks may be kept at once where those of ``size`` samples may; None for any number."""
+    return len(chunks) == 1 or size is None or sum(chunk.places for chunk in chunks) <= size
 
 
 def _columns(batch: Batch) -> list[str]:

@@ -186,6 +186,11 @@ def check_observation(observation: Any, *, step: int) -> None:
         _raise_unless_finite(name, np.asarray(array)[None], first_step=step)
 
 
+def check_actions(actions: np.ndarray, *, step: int) -> None:
+    """Raise `ValueError` if an action ``(E, ...)`` that the policy is about to take is not finite."""
+    _raise_unless_finite("action", actions[None], first_step=step, cure=OF_THE_POLICY)
+
+
 def check_rollout(buffer: RolloutBuffer, last_observation: Any, serves_observations: Callable[[], bool]) -> None:
     """Raise `ValueError` naming what in a full rollout is not finite, with its step and environment index.
 

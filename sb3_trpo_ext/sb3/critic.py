@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,10 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.batch import Batch, fits
 from sb3_trpo_ext.sb3.checks import check_integer, check_number, check_samples
 from sb3_trpo_ext.sb3.device import MEMORY_BUDGET
 from sb3_trpo_ext.sb3.methods import owner_of
@@ -118,14 +119,11 @@ class GaussNewtonCritic(Critic):
 
     def fit(self, regression: Regression) -> float:
         """Take the steps; see `Critic.fit`."""
-        values = ValueFunction(regression)
-        chunks = values.batch.split(regression.chunk_size)
+        values, size = ValueFunction(regression), regression.chunk_size
         samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
-        subset = values.batch.subset(samples)
-        seen = chunks if subset is values.batch else subset.split(regression.chunk_size)
-        loss = 0.0
+        subset, loss = values.batch.subset(samples), 0.0
         for _ in range(self.n_steps):
-            loss = self._step(ValueProblem(values, chunks, seen))
+            loss = self._step(ValueProblem(values, size, subset))
         return 2.0 * loss
 
     def _step(self, problem: ValueProblem) -> float:
@@ -209,8 +207,8 @@ class ValueProblem:
 
     Args:
         values: V.
-        chunks: The samples, in parts of one forward pass each.
-        curvature_chunks: Those that the Gauss-Newton matrix is estimated from; None for all of them.
+        chunk_size: Most samples in one forward pass; None for all at once.
+        curvature_batch: The samples that the Gauss-Newton matrix is estimated from; None for all.
 
     Attributes:
         start: The evaluation at θ_old.
@@ -220,22 +218,24 @@ class ValueProblem:
     """
 
     def __init__(
-        self, values: ValueFunction, chunks: Sequence[Batch], curvature_chunks: Sequence[Batch] | None = None
+        self, values: ValueFunction, chunk_size: int | None = None, curvature_batch: Batch | None = None
     ) -> None:
-        self._values, self._chunks, self._reduction = values, chunks, values.batch.reduction
-        self._curvature_chunks = chunks if curvature_chunks is None else curvature_chunks
-        self._graph: Tensor | None = None
-        losses: list[Tensor] = []
+        self._values, self._reduction, self._chunk_size = values, values.batch.reduction, chunk_size
+        self._chunks = values.batch.split(chunk_size)
+        self._seen = values.batch if curvature_batch is None else curvature_batch
+        self._graphs: list[Tensor] = []
+        keep, losses = self._seen is values.batch and fits(self._chunks, chunk_size), list[Tensor]()
 
         def objectives() -> Iterator[Tensor]:
-            for chunk in chunks:
+            for chunk in self._chunks:
                 predicted = values(chunk)
-                self._graph = predicted if len(chunks) == 1 and self._curvature_chunks is chunks else None
+                if keep:
+                    self._graphs.append(predicted)
                 loss = self._loss(chunk, predicted)
                 losses.append(loss.detach())
                 yield -loss
 
-        shares = gradient(objectives(), values.params, retain_graph=len(chunks) == 1)
+        shares = gradient(objectives(), values.params, retain_graph=keep)
         self.start = self._summary(losses)
         self.params = list(shares)
         self.theta_old = flatten(self.params).detach()
@@ -244,17 +244,19 @@ class ValueProblem:
     @torch.no_grad()
     def evaluate(self) -> ValueEvaluation:
         """The loss with the parameters as they are now."""
-        self._graph = None  # that of θ_old, which has been left
+        self._graphs = []  # those of θ_old, which has been left
         return self._summary([self._loss(chunk, self._values(chunk)) for chunk in self._chunks])
 
     def curvature(self, damping: float) -> GaussNewtonProduct:
         """Products v ↦ (E[∇V ∇Vᵀ] + λI) v."""
-        graph = self._graph
+        graphs = self._graphs
+        chunks = self._chunks if graphs else self._seen.split(self._chunk_size)
 
-        def segment(chunk: Batch) -> Segment:
-            return lambda: (self._values(chunk) if graph is None else graph, _weighting(chunk))
+        def segment(index: int) -> tuple[Tensor, Metric]:
+            return graphs[index] if graphs else self._values(chunks[index]), _weighting(chunks[index])
 
-        return GaussNewtonProduct([segment(chunk) for chunk in self._curvature_chunks], self.params, damping)
+        segments = [partial(segment, index) for index in range(len(chunks))]
+        return GaussNewtonProduct(segments, self.params, damping, keep=fits(chunks, self._chunk_size))
 
     @staticmethod
     def _loss(batch: Batch, values: Tensor) -> Tensor:

@@ -57,7 +57,13 @@ class Family(ABC):
         """
         with torch.enable_grad():
             new = z.detach().clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self.kl(z.detach(), new).sum(), new, create_graph=True)
+            kl = self.kl(z.detach(), new)
+            slope = torch.autograd.grad(kl.sum(), new, create_graph=True)[0] if kl.requires_grad else kl
+            if not slope.requires_grad:
+                raise NotImplementedError(
+                    f"{type(self).__name__}.kl is not differentiable twice in `new`, which its metric needs. Write it "
+                    "in differentiable torch operations, or give the family a `metric` of its own."
+                )
             (product,) = torch.autograd.grad(slope, new, v)
         return product
 
@@ -233,9 +239,31 @@ def family_of(distribution: Distribution) -> Family | None:
     """
     for kind in type(distribution).__mro__:
         family = _FACTORIES[kind](distribution) if kind in _FACTORIES else None
+        if family is not None and not isinstance(family, Family):
+            raise TypeError(f"The factory registered for {kind.__name__} must return a Family or None, got {family!r}.")
         if family is not None:
             return family
     return None
+
+
+def check_family(family: Family, z: Tensor) -> None:
+    """Raise `ValueError` unless coordinates and KL divergence have a row for each state.
+
+    Args:
+        family: One of a user's own, perhaps.
+        z: Its coordinates at N states.
+    """
+    if type(family).__module__ == __name__:
+        return  # those of this file are as they should be
+    name = type(family).__name__
+    if z.dim() != 2:
+        raise ValueError(f"{name}.coordinates must have the shape (N, K), got {tuple(z.shape)}.")
+    kl = family.kl(z, z)
+    if kl.shape != z.shape[:1]:
+        raise ValueError(
+            f"{name}.kl must return one number for each of {len(z)} states, got the shape {tuple(kl.shape)}. "
+            "Sum over the dimensions of an action alone."
+        )
 
 
 def _choices(distribution: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, UpdateRejectedError, timed
+from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
@@ -30,7 +30,7 @@ from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
-from sb3_trpo_ext.sb3.signal import NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.sb3.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.sb3.transaction import PolicyCheckpoint, Restorable
 
 KL_CHUNK_SIZE = 2048
@@ -138,7 +138,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.clip_range_vf is not None:
-            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+            self.clip_range_vf = FloatSchedule(plain(self.clip_range_vf))
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -181,7 +181,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         bound = "" if self.max_kl is None else "a larger `max_kl`, "
         return f"{bound}a smaller `learning_rate`, a smaller `max_grad_norm`, {super()._cures()}"
 
-    def _update(self) -> dict[str, float]:
+    def _update(self) -> Outcome:
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
             rollout = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
@@ -190,7 +190,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             problem = self._problem(batch)
             ascent = self._epochs(problem, self._prepared(batch, problem))
-        self._report_rejection(ascent.reason) if ascent.reason else self._report_success()
+        reason = ascent.reason if trainable(self.policy) else NO_PARAMETER
 
         means = {key: float(np.mean(values)) for key, values in ascent.statistics.items()}
         record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
@@ -199,7 +199,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             record["train/clip_range_vf"] = self._in_force(self.clip_range_vf)
         record |= self._described(ascent.evaluation)
         self._adapt(ascent)
-        return record
+        return Outcome(record, reason)
 
     @torch.no_grad()
     def _problem(self, batch: Batch) -> Comparison | RecomputedComparison:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
-from sb3_trpo_ext.sb3.algorithm import TrustRegionAlgorithm, timed
+from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, plain, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
@@ -127,7 +127,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.target_kl = FloatSchedule(self.target_kl)
+        self.target_kl = FloatSchedule(plain(self.target_kl))
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -173,7 +173,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         counts = self.kl_per_action_dim and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
         return get_action_dim(self.action_space) if counts else 1
 
-    def _update(self) -> dict[str, float]:
+    def _update(self) -> Outcome:
         record = {"train/target_kl": self.trust_region_radius()}
         with consistent_evaluation(self.policy):
             with timed(record, "time/policy_s"):
@@ -188,13 +188,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 del problem  # with what it keeps of π_old
                 record["train/value_loss"] = self.value_critic.fit(regression)
         self._keep(batch)
-
-        if step.reason:
-            self._report_rejection(step.reason)
-        else:
-            self._report_success()
         self._n_updates += 1
-        return record
+        return Outcome(record, step.reason)
 
     def _problem(self, batch: Batch, chunk_size: int | None = None) -> PolicyProblem:
         """What the policy step is to solve on a rollout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, family_of
+from sb3_trpo_ext.sb3.batch import Batch, fits
+from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, check_family, family_of
 from sb3_trpo_ext.sb3.methods import owner_of
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 
@@ -154,6 +155,8 @@ class Comparison:
         """Run the chunks at θ_old: each one's π_old, which is noted, share of L with its graph, and shares of all."""
         for chunk in self._chunks:
             output = PolicyOutput.of(self._policy, chunk)
+            if not self._old:
+                check_family(output.family, output.z.detach()[:2])
             self._old.append(output.z.detach())
             self._kl_is_sampled = isinstance(output.family, SampledFamily)
             yield output, *self._shares(chunk, output, output.z.new_zeros(len(output.z)))
@@ -206,41 +209,46 @@ class PolicyProblem(Comparison):
     def __init__(
         self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
     ) -> None:
-        self._graph: PolicyOutput | None = None
+        self._graphs: list[PolicyOutput] = []
         super().__init__(policy, batch, ent_coef=ent_coef, chunk_size=chunk_size)
         self.params = list(self.gradients)
         self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(self.gradients.values()))
 
     def evaluate(self) -> PolicyEvaluation:
         """Evaluate the policy with the parameters it has now, without a graph; see `Comparison.evaluate`."""
-        self._graph = None  # that of θ_old, which has been left
+        self._graphs = []  # those of θ_old, which has been left
         return super().evaluate()
 
     def fisher(self, damping: float, samples: int | None = None) -> GaussNewtonProduct:
         """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
 
-        Where they are all samples and fit in one chunk, the graph that gave the gradient serves the products too.
+        Where they are all samples, and the graphs that gave the gradient could be kept, these serve the products too.
         """
-        part, graph = self.batch.subset(samples), self._graph
-        self._graph = None
-        if part is self.batch and graph is not None:
-            return GaussNewtonProduct([lambda: _fisher_segment(part, graph)], self.params, damping)
+        part, graphs = self.batch.subset(samples), self._graphs
+        self._graphs = []
+        if part is self.batch and graphs:
+            pairs = zip(self._chunks, graphs, strict=True)
+            segments: list[Segment] = [partial(_fisher_segment, chunk, graph) for chunk, graph in pairs]
+            return GaussNewtonProduct(segments, self.params, damping, keep=True)
+        chunks = part.split(self._chunk_size)
+        keep = fits(chunks, self._chunk_size)
+        return GaussNewtonProduct([partial(self._segment, chunk) for chunk in chunks], self.params, damping, keep=keep)
 
-        def segment(chunk: Batch) -> Segment:
-            return lambda: _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
-
-        return GaussNewtonProduct([segment(chunk) for chunk in part.split(self._chunk_size)], self.params, damping)
+    def _segment(self, chunk: Batch) -> tuple[Tensor, Metric]:
+        return _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
 
     def _first_look(self) -> list[Tensor]:
         visited: list[Tensor] = []
+        keep = fits(self._chunks, self._chunk_size)
 
         def objectives() -> Iterator[Tensor]:
             for output, objective, shares in self._visit():
-                self._graph = output if len(self._chunks) == 1 and output.z.requires_grad else None
+                if keep and output.z.requires_grad:
+                    self._graphs.append(output)
                 visited.append(shares)
                 yield objective
 
-        shares = gradient(objectives(), trainable(self._policy), retain_graph=len(self._chunks) == 1)
+        shares = gradient(objectives(), trainable(self._policy), retain_graph=keep)
         totals = self.batch.reduction.gradients(list(shares.values()))
         self.gradients = dict(zip(shares, totals, strict=True))
         return visited

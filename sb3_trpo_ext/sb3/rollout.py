@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.sb3.batch import SharedSwitch
 from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
+from sb3_trpo_ext.sb3.checks import check_actions
 from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
 from sb3_trpo_ext.sb3.forward import Array, NotCoveredError, aligned
 from sb3_trpo_ext.sb3.watchers import is_idle, looks
@@ -283,7 +284,7 @@ class FastRollout:
             flat = actions.reshape(-1)
             # The sum of squares is one quick call; it is also infinite where the largest float is near.
             if not math.isfinite(flat.dot(flat)) and not np.isfinite(flat).all():
-                raise ValueError("The policy's action is not finite.")
+                check_actions(actions, step=self._buffer.pos)
             if self._reshaped:
                 actions = actions.reshape(len(actions), *self._model.action_space.shape)
             if self._squashes:
@@ -372,7 +373,7 @@ class FastMaskableRollout(FastRollout):
 
     def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, use_masking: bool = True) -> None:
         super().__init__(model, env, buffer, n_steps)
-        self._use_masking = use_masking
+        self._use_masking, self._options = use_masking, int(buffer.mask_dims)  # type: ignore[attr-defined]
 
     def _begin(self, names: dict[str, Any]) -> None:
         names["use_masking"], names["action_masks"] = self._use_masking, None
@@ -385,7 +386,13 @@ class FastMaskableRollout(FastRollout):
     def _masks(self, names: dict[str, Any]) -> Array | None:
         if self._use_masking:
             names["action_masks"] = get_action_masks(self._env)
-            return np.asarray(names["action_masks"]).reshape(self._env.num_envs, -1)
+            masks = np.asarray(names["action_masks"]).reshape(self._env.num_envs, -1)
+            if masks.shape[1] != self._options:
+                raise ValueError(
+                    f"`action_masks` must have one entry for each of the {self._options} options of "
+                    f"{self._model.action_space}, got {masks.shape[1]}."
+                )
+            return masks
         return None
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,9 @@ class ScaledCritic(Critic):
         keep = self.momentum if self.fits else 0.0
         self.mean, self.scale = keep * self.mean + (1 - keep) * mean, keep * self.scale + (1 - keep) * max(scale, 1e-6)
         self.fits += 1
-        latent = policy.mlp_extractor.forward_critic(policy.extract_features(batch.inputs, policy.vf_features_extractor))
+        latent = policy.mlp_extractor.forward_critic(
+            policy.extract_features(batch.inputs, policy.vf_features_extractor)
+        )
         features = torch.cat([latent, torch.ones_like(latent[:, :1])], dim=1)
         weighted = features * batch.weights[:, None]
         gram = reduction.total(weighted.T @ features) + self.ridge * torch.eye(features.shape[1])
@@ -143,7 +145,9 @@ def test_a_method_with_another_step_rule(action: str, tmp_path: Path) -> None:
     before = [param.clone() for param in model.policy.action_net.parameters()]
     problem = model._problem(batch_of(with_rollout(model)))
     step = model._policy_step(problem)
-    moved = torch.cat([(now - then).flatten() for now, then in zip(model.policy.action_net.parameters(), before, strict=True)])
+    moved = torch.cat(
+        [(now - then).flatten() for now, then in zip(model.policy.action_net.parameters(), before, strict=True)]
+    )
     slope = torch.cat([problem.gradients[param].flatten() for param in model.policy.action_net.parameters()])
     assert step.fraction and torch.cosine_similarity(moved, slope, dim=0) > 0.999
     model.save(tmp_path / "model")

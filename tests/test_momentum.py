@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.core.trust_region import Acceptance, Trial
+from sb3_trpo_ext.sb3.steps import PolicyStep, StepAlong
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
-from sb3_trpo_ext.core.trust_region import Acceptance, Trial
-from sb3_trpo_ext.sb3.steps import PolicyStep, StepAlong
 
 MU = 0.6
 

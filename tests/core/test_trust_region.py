@@ -5,9 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.objectives import clipped_surrogate, importance_sampled_surrogate
 from sb3_trpo_ext.core.trust_region import (
     Acceptance,
     Atomic,
@@ -15,6 +12,9 @@ from sb3_trpo_ext.core.trust_region import (
     backtracking_line_search,
     boundary_scale,
 )
+
+from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
+from sb3_trpo_ext.core.objectives import clipped_surrogate, importance_sampled_surrogate
 
 ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True)
 

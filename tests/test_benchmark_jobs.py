@@ -109,7 +109,7 @@ def test_rows_come_back_to_the_last_digit_however_often_the_table_is_written(res
         assert len(jobs.rows("study")) == seed + 1
         assert not parts(results)
     found = jobs.rows("study")
-    assert list(found) == list(jobs.COLUMNS)
+    assert list(found) == jobs.COLUMNS
     assert list(found["score"]) == list(found["cpu_seconds"]) == scores
     assert json.loads(found["settings"][0]) == job.settings and json.loads(found["evaluations"][0]) == evaluations
     assert set(json.loads(found["versions"][0])) == set(jobs.PACKAGES)

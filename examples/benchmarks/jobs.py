@@ -33,22 +33,9 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-HERE = Path(__file__).parent
-RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", HERE / "results"))
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch")
-COLUMNS = (
-    "id",
-    "arm",
-    "task",
-    "seed",
-    "settings",
-    "score",
-    "evaluations",
-    "cpu_seconds",
-    "algorithm",
-    "versions",
-    "command",
-)
+COLUMNS = "id arm task seed settings score evaluations cpu_seconds algorithm versions command".split()
 
 
 class Job(NamedTuple):

@@ -35,7 +35,6 @@ from filelock import FileLock
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "torch")
-COLUMNS = "id arm task seed settings score evaluations cpu_seconds algorithm versions command".split()
 
 
 class Job(NamedTuple):
@@ -59,6 +58,9 @@ class Job(NamedTuple):
         return sha256(canonical(list(self)).encode()).hexdigest()[:16]
 
 
+COLUMNS = ["id", *Job._fields, "score", "evaluations", "cpu_seconds", "algorithm", "versions", "command"]
+
+
 def canonical(content: Any) -> str:
     """The JSON text of a content, the same for every order of its keys.
 
@@ -68,7 +70,7 @@ def canonical(content: Any) -> str:
     """
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     if json.loads(text) != content:
-        raise TypeError(f"settings must be lists, numbers, texts and dictionaries of texts; got {content}")
+        raise TypeError(f"must be JSON (lists, and dictionaries whose keys are texts), to be told apart; got {content}")
     return text
 
 

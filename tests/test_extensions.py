@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sb3_trpo_ext import NPG, TRPO, Critic, PPOClip, PPOPenalty, register_critic
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale
 from sb3_trpo_ext.core.reduction import Reduction
+from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.critic import Regression
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
@@ -39,11 +41,11 @@ class ScaledCritic(Critic):
         mean = reduction.number(batch.mean(batch.returns))
         scale = reduction.number(batch.mean((batch.returns - mean).square())) ** 0.5
         keep = self.momentum if self.fits else 0.0
-        self.mean, self.scale = keep * self.mean + (1 - keep) * mean, keep * self.scale + (1 - keep) * max(scale, 1e-6)
+        self.mean = keep * self.mean + (1 - keep) * mean
+        self.scale = keep * self.scale + (1 - keep) * max(scale, 1e-6)
         self.fits += 1
-        latent = policy.mlp_extractor.forward_critic(
-            policy.extract_features(batch.inputs, policy.vf_features_extractor)
-        )
+        seen = policy.extract_features(batch.inputs, policy.vf_features_extractor)
+        latent = policy.mlp_extractor.forward_critic(seen)
         features = torch.cat([latent, torch.ones_like(latent[:, :1])], dim=1)
         weighted = features * batch.weights[:, None]
         gram = reduction.total(weighted.T @ features) + self.ridge * torch.eye(features.shape[1])
@@ -142,21 +144,15 @@ class SteepestTRPO(NaturalGradientAlgorithm):
 def test_a_method_with_another_step_rule(action: str, tmp_path: Path) -> None:
     model = make(SteepestTRPO, action).learn(64)
     assert 0 < model.logger.name_to_value["train/kl_divergence_loss"] <= model.trust_region_radius()
-    before = [param.clone() for param in model.policy.action_net.parameters()]
     problem = model._problem(batch_of(with_rollout(model)))
     step = model._policy_step(problem)
-    moved = torch.cat(
-        [(now - then).flatten() for now, then in zip(model.policy.action_net.parameters(), before, strict=True)]
-    )
-    slope = torch.cat([problem.gradients[param].flatten() for param in model.policy.action_net.parameters()])
-    assert step.fraction and torch.cosine_similarity(moved, slope, dim=0) > 0.999
+    moved = flatten(problem.params).detach() - problem.theta_old
+    assert step.fraction and torch.cosine_similarity(moved, problem.gradient, dim=0) > 0.999
     model.save(tmp_path / "model")
     SteepestTRPO.load(tmp_path / "model", env=model.env).learn(32)
 
 
 def batch_of(model: Any) -> Any:
-    from sb3_trpo_ext.sb3.buffers import whole_rollout
-
     return whole_rollout(model.rollout_buffer, model.action_space)
 
 
@@ -213,41 +209,41 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def model_on(n_envs: int, form: str, action: str) -> Any:
+    algorithm, options = FORMS[form]
+    if "batch_size" in options:  # of each worker
+        options = {**options, "batch_size": options["batch_size"] * n_envs // 2}
+    envs = DummyVecEnv([lambda: RandomEnv(OBSERVATION_SPACES["vector"], ACTION_SPACES[action])] * n_envs)
+    return in_float64(with_rollout(algorithm("MlpPolicy", envs, n_steps=32, seed=0, device="cpu", **options)))
+
+
+def worker_of(joint: Any, pair: Pair, rank: int, form: str, action: str) -> Any:
+    """A model with the policy of another, and the rollout of one of its two environments."""
+    model = model_on(1, form, action)
+    model.policy.load_state_dict(joint.policy.state_dict())
+    for name, array in vars(joint.rollout_buffer).items():
+        if isinstance(array, np.ndarray) and array.shape[:2] == (32, 2):
+            setattr(model.rollout_buffer, name, array[:, rank : rank + 1].copy())
+    model.reduction = FakeWorker(pair, rank)
+    return model
+
+
 @pytest.mark.parametrize("action", ["box", "discrete", "multibinary"])
 @pytest.mark.parametrize("form", FORMS)
 def test_two_workers_take_the_update_of_their_samples_together(form: str, action: str) -> None:
-    algorithm, options = FORMS[form]
-
-    def on(n_envs: int) -> Any:
-        envs = DummyVecEnv([lambda: RandomEnv(OBSERVATION_SPACES["vector"], ACTION_SPACES[action])] * n_envs)
-        return algorithm("MlpPolicy", envs, n_steps=32, seed=0, device="cpu", **{**options, **of_env(n_envs)})
-
-    def of_env(n_envs: int) -> dict[str, Any]:
-        return {"batch_size": options["batch_size"] * n_envs // 2} if "batch_size" in options else {}
-
-    joint = in_float64(with_rollout(on(2)))
-    pair, workers = Pair(), []
-    for rank in range(2):
-        model = in_float64(with_rollout(on(1)))
-        model.policy.load_state_dict(joint.policy.state_dict())
-        for name, array in vars(joint.rollout_buffer).items():
-            if isinstance(array, np.ndarray) and array.shape[:2] == (32, 2):
-                setattr(model.rollout_buffer, name, array[:, rank : rank + 1].copy())
-        model.reduction = FakeWorker(pair, rank)
-        workers.append(model)
-
+    joint, pair = model_on(2, form, action), Pair()
+    workers = [worker_of(joint, pair, rank, form, action) for rank in range(2)]
     threads = [threading.Thread(target=model.train) for model in workers]
     for thread in threads:
         thread.start()
     joint.train()
     for thread in threads:
         thread.join(timeout=120)
-    logs = [model.logger.name_to_value for model in (joint, *workers)]
-    for worker, log in zip(workers, logs[1:], strict=True):
+    record = joint.logger.name_to_value
+    for worker in workers:
         for ours, theirs in zip(worker.policy.parameters(), joint.policy.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-        for name, value in logs[0].items():
-            if name.startswith("train/") and isinstance(value, float):
-                assert log[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        for name in (name for name in record if name.startswith("train/")):
+            assert worker.logger.name_to_value[name] == pytest.approx(record[name], rel=1e-3, abs=1e-5), name
     for ours, theirs in zip(*(model.policy.parameters() for model in workers), strict=True):
         assert torch.equal(ours, theirs)

@@ -6,7 +6,7 @@ from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.sb3.critic import Critic, register_critic
-from sb3_trpo_ext.sb3.distributions import Family, register_family
+from sb3_trpo_ext.sb3.distributions import Family, register_distribution
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
@@ -24,5 +24,5 @@ __all__ = [
     "RecurrentTRPO",
     "__version__",
     "register_critic",
-    "register_family",
+    "register_distribution",
 ]

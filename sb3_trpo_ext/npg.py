@@ -114,7 +114,7 @@ class NPG(NaturalGradientAlgorithm):
         """α in force."""
         if self.step_size is None:
             return boundary_scale(direction.boundary_curvature, self.trust_region_radius())
-        return check_number("step_size", self._in_force(self.step_size))
+        return check_number("step_size", self._current_value(self.step_size))
 
 
 def _rejection(evaluation: PolicyEvaluation, fraction: float) -> str:

@@ -159,10 +159,10 @@ class PPOClip(FirstOrderAlgorithm):
     def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
         if self.target_kl is None:
             return False
-        exceeded = float(approx_kl) > 1.5 * self._in_force(self.target_kl)
+        exceeded = float(approx_kl) > 1.5 * self._current_value(self.target_kl)
         if exceeded and self.verbose >= 1:
             print(f"{type(self).__name__}: epoch {epoch} ended by target_kl, sampled KL {float(approx_kl):.3g}.")
         return exceeded
 
-    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
-        return {"train/clip_range": self._in_force(self.clip_range), **super()._described(evaluation)}
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+        return {"train/clip_range": self._current_value(self.clip_range), **super()._log_entries(evaluation)}

@@ -196,9 +196,9 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _cures(self) -> str:
         return f"a larger `kl_coef`, {super()._cures()}"
 
-    def _prepared(self, batch: Batch, problem: Comparison | RecomputedComparison) -> Batch:
-        assert isinstance(problem, Comparison)  # see loss_needs_old_z
-        return replace(batch, old_z=problem.old_z)
+    def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
+        assert isinstance(comparison, Comparison)  # see loss_needs_old_z
+        return replace(batch, old_z=comparison.old_z)
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         output = PolicyOutput.after_evaluation(self.policy, part)
@@ -208,11 +208,11 @@ class PPOPenalty(FirstOrderAlgorithm):
         penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
         return penalty - mean(importance_sampled_surrogate(ratio, advantages)), penalty.detach()
 
-    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {
             "train/kl_coef": self.kl_coef,
             "train/target_kl": self._target(),
-            **super()._described(evaluation),
+            **super()._log_entries(evaluation),
         }
 
     def _adapt(self, ascent: Ascent) -> None:
@@ -243,7 +243,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _target(self) -> float:
         """d_targ in force."""
-        return check_number("target_kl", self._in_force(self.target_kl), positive=True)
+        return check_number("target_kl", self._current_value(self.target_kl), positive=True)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return *super()._checkpoints(), Attributes(self, "kl_coef", "_search_factor")

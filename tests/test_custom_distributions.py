@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_family
+from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_distribution
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import whole_rollout
@@ -26,7 +26,7 @@ class RegisteredBeta(BetaDistribution):
     pass
 
 
-register_family(RegisteredBeta, lambda distribution: BetaFamily())
+register_distribution(RegisteredBeta, lambda distribution: BetaFamily())
 
 DISTRIBUTIONS = [RegisteredBeta, BetaDistribution]
 ALGORITHMS: dict[Any, dict[str, Any]] = {

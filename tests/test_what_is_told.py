@@ -23,7 +23,7 @@ from sb3_trpo_ext import (
     RecurrentNPG,
     RecurrentPPOClip,
     RecurrentTRPO,
-    register_family,
+    register_distribution,
 )
 from sb3_trpo_ext.sb3 import distributions
 from sb3_trpo_ext.sb3.algorithm import REJECTIONS_BEFORE_WARNING
@@ -240,7 +240,7 @@ def test_a_family_that_is_wrong_is_diagnosed(
     factory: Any, error: Any, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributions, "_FACTORIES", dict(distributions._FACTORIES))
-    register_family(Mine, factory)
+    register_distribution(Mine, factory)
     model = make(TRPO, "box")
     model.policy.action_dist = Mine(3)
     before = [param.clone() for param in model.policy.parameters()]

@@ -173,14 +173,17 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""
-        value = self._in_force(self.ent_coef)
+        value = self._current_value(self.ent_coef)
         if callable(self.ent_coef):
             check_finite("ent_coef", value)
         return value
 
-    def _in_force(self, argument: float | Schedule) -> float:
+    def _current_value(self, argument: float | Schedule) -> float:
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
         return float(argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument)
+
+    def _begin_update(self) -> None:
+        """Prepare for an update, as a part of its transaction."""
 
     @abstractmethod
     def _update(self) -> Outcome:
@@ -330,6 +333,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             states = self._checkpoints()
             # Twice: the outer one finishes what an interrupt cuts short while the inner one undoes an update.
             with Atomic(*states), Atomic(*states):
+                self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
                 finished = self._update()
                 self._check_outcome(finished.record, states)
@@ -339,6 +343,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             self._after_rejection(rejection)
         self._report(outcome)
         self._log(outcome.record)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "reduction"]
 
     def _after_rejection(self, rejection: UpdateRejectedError) -> None:
         """Prepare the next update after one that was undone."""
@@ -377,9 +384,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _report(self, outcome: Outcome) -> None:
         """Count updates that left the policy as it was."""
         if outcome.record.get("train/kl_is_sampled"):
+            name = type(getattr(self.policy, "action_dist", None)).__name__
             self._tell_once(
-                "the KL divergence is estimated from the actions that were taken (see sb3_trpo_ext.register_family)",
-                f"none is registered for {type(getattr(self.policy, 'action_dist', None)).__name__}",
+                "the KL divergence is estimated from the actions that were taken",
+                f"none is registered for {name} (see sb3_trpo_ext.register_distribution)",
             )
         if outcome.reason:
             self._report_rejection(outcome.reason)

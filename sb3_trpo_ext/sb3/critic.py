@@ -91,10 +91,11 @@ class GaussNewtonCritic(Critic):
     Args:
         damping: λ > 0.
         cg_steps: Most products a step.
-        n_steps: Gauss-Newton steps a rollout.
+        n_iterations: Gauss-Newton steps a rollout.
         max_backtracks: Most halvings of a step.
         curvature_samples: Most samples that the matrix E[∇V ∇Vᵀ] is estimated from; None for all, ``"auto"`` for as
             many as the model's Fisher matrix.
+        n_steps: What ``n_iterations`` was called before; None for that.
     """
 
     def __init__(
@@ -102,18 +103,22 @@ class GaussNewtonCritic(Critic):
         *,
         damping: float = 0.01,
         cg_steps: int = 8,
-        n_steps: int = 1,
+        n_iterations: int = 1,
         max_backtracks: int = 20,
         curvature_samples: int | Literal["auto"] | None = "auto",
+        n_steps: int | None = None,
     ) -> None:
-        for name, value in (("cg_steps", cg_steps), ("n_steps", n_steps), ("max_backtracks", max_backtracks)):
+        given = {"cg_steps": cg_steps, "n_iterations": n_iterations, "max_backtracks": max_backtracks}
+        if n_steps is not None:
+            given["n_steps"] = n_steps
+        for name, value in given.items():
             check_integer(f"critic_kwargs['{name}']", value)
         check_number("critic_kwargs['damping']", damping, positive=True)
         if curvature_samples != "auto":
             check_samples("critic_kwargs['curvature_samples']", curvature_samples)
         self.damping = damping
         self.cg_steps = cg_steps
-        self.n_steps = n_steps
+        self.n_iterations = n_iterations if n_steps is None else n_steps
         self.max_backtracks = max_backtracks
         self.curvature_samples = curvature_samples
 
@@ -122,7 +127,7 @@ class GaussNewtonCritic(Critic):
         values, size = ValueFunction(regression), regression.chunk_size
         samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
         subset, loss = values.batch.subset(samples), 0.0
-        for _ in range(self.n_steps):
+        for _ in range(self.n_iterations):
             loss = self._step(ValueProblem(values, size, subset))
         return 2.0 * loss
 

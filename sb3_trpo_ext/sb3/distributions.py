@@ -35,7 +35,7 @@ from torch.nn import functional as F
 class Family(ABC):
     """How to read z from a distribution, and the geometry of z.
 
-    A family of one's own has `coordinates` and `kl`, and is made known by `register_family`.
+    A family of one's own has `coordinates` and `kl`, and is made known by `register_distribution`.
     """
 
     @abstractmethod
@@ -194,7 +194,9 @@ Factory = Callable[[Any], Family | None]
 _FACTORIES: dict[type[Distribution], Factory] = {}
 
 
-def register_family(distribution_class: type[DistributionT], factory: Callable[[DistributionT], Family | None]) -> None:
+def register_distribution(
+    distribution_class: type[DistributionT], factory: Callable[[DistributionT], Family | None]
+) -> None:
     """Make the KL divergence and the Fisher metric of an action distribution known to all algorithms.
 
     Without it they are estimated from the actions that were taken (`SampledFamily`): TRPO, NPG and PPOPenalty train,
@@ -218,7 +220,7 @@ def register_family(distribution_class: type[DistributionT], factory: Callable[[
         ...     def kl(self, old, new):
         ...         p, q = (torch.distributions.Beta(*z.chunk(2, dim=1)) for z in (old, new))
         ...         return torch.distributions.kl_divergence(p, q).sum(dim=1)
-        >>> register_family(BetaDistribution, lambda distribution: BetaFamily())
+        >>> register_distribution(BetaDistribution, lambda distribution: BetaFamily())
     """
     if not (isinstance(distribution_class, type) and issubclass(distribution_class, Distribution)):
         raise TypeError(
@@ -286,7 +288,7 @@ def _register_sb3() -> None:
             expected = all(isinstance(each, torch_kind) for each in _choices(distribution))
             return make(distribution) if expected else None
 
-        register_family(kind, factory)
+        register_distribution(kind, factory)
 
     for gaussian in (DiagGaussianDistribution, StateDependentNoiseDistribution):
         register(gaussian, torch.distributions.Normal, lambda _: GaussianFamily())

@@ -188,21 +188,21 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             batch = without_noise(rollout, self.rollout_buffer)
             if not has_signal(batch):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
-            problem = self._problem(batch)
-            ascent = self._epochs(problem, self._prepared(batch, problem))
+            comparison = self._comparison(batch)
+            ascent = self._epochs(comparison, self._prepared(batch, comparison))
         reason = ascent.reason if trainable(self.policy) else NO_PARAMETER
 
         means = {key: float(np.mean(values)) for key, values in ascent.statistics.items()}
         record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
         record["train/loss"] = ascent.statistics["loss"][-1]
         if self.clip_range_vf is not None:
-            record["train/clip_range_vf"] = self._in_force(self.clip_range_vf)
-        record |= self._described(ascent.evaluation)
+            record["train/clip_range_vf"] = self._current_value(self.clip_range_vf)
+        record |= self._log_entries(ascent.evaluation)
         self._adapt(ascent)
         return Outcome(record, reason)
 
     @torch.no_grad()
-    def _problem(self, batch: Batch) -> Comparison | RecomputedComparison:
+    def _comparison(self, batch: Batch) -> Comparison | RecomputedComparison:
         """The policy as it is now, to be compared with what the epochs make of it.
 
         A forward pass without a graph takes less memory than a minibatch of as many samples.
@@ -220,11 +220,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         with consistent_evaluation(self.policy):
             return Comparison(self.policy, batch, chunk_size=chunk_size)
 
-    def _prepared(self, batch: Batch, problem: Comparison | RecomputedComparison) -> Batch:
+    def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
         """The batch with what the policy loss needs to know of π_old."""
         return batch
 
-    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         """What to log of the policy that an update leaves."""
         return {
             "train/kl_divergence_loss": evaluation.divergence,
@@ -236,7 +236,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _adapt(self, ascent: Ascent) -> None:
         """Prepare the next update, knowing what this one did."""
 
-    def _epochs(self, problem: Comparison | RecomputedComparison, batch: Batch) -> Ascent:
+    def _epochs(self, comparison: Comparison | RecomputedComparison, batch: Batch) -> Ascent:
         """Run the epochs."""
         statistics: Statistics = defaultdict(list)
         evaluation: PolicyEvaluation | None = None
@@ -244,23 +244,23 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             before = self._checkpoints() if self.max_kl is not None else ()
             within_target = self._epoch(epoch, batch, statistics)
             if self.max_kl is not None:
-                trial = self._exact(problem)
+                trial = self._evaluated(comparison)
                 if not trial.divergence <= self.max_kl:
                     for state in before:
                         state.restore()
                     reason = "" if epoch else "the first epoch left the ball of radius `max_kl`"
-                    return Ascent(statistics, evaluation or self._exact(problem), trial.divergence, reason)
+                    return Ascent(statistics, evaluation or self._evaluated(comparison), trial.divergence, reason)
                 evaluation = trial
             self._n_updates += 1
             if not within_target:
                 break
         if evaluation is None:
-            evaluation = self._exact(problem)
+            evaluation = self._evaluated(comparison)
         return Ascent(statistics, evaluation, evaluation.divergence)
 
-    def _exact(self, problem: Comparison | RecomputedComparison) -> PolicyEvaluation:
+    def _evaluated(self, comparison: Comparison | RecomputedComparison) -> PolicyEvaluation:
         with consistent_evaluation(self.policy):
-            return problem.evaluate()
+            return comparison.evaluate()
 
     def _epoch(self, epoch: int, batch: Batch, statistics: Statistics) -> bool:
         """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
@@ -346,5 +346,5 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:
             return values
-        bound = self._in_force(self.clip_range_vf)
+        bound = self._current_value(self.clip_range_vf)
         return old_values + torch.clamp(values - old_values, -bound, bound)

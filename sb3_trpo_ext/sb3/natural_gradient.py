@@ -40,6 +40,9 @@ from sb3_trpo_ext.sb3.transaction import Restorable, StateCheckpoint
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
 
+OF_PPO = ("n_epochs", "clip_range", "clip_range_vf")
+"""What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, give a model for their own updates."""
+
 MIN_RADIUS_USED = 0.6
 """The share of the trust region that damping leaves a step over discrete actions: half of δ, and room for the error of
 the quadratic model."""
@@ -128,6 +131,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
+        for name in OF_PPO:
+            vars(self).pop(name, None)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -165,7 +170,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
-        value = self._in_force(self.target_kl)
+        value = self._current_value(self.target_kl)
         return self._action_dimensions() * check_number("target_kl", value, positive=True)
 
     def _action_dimensions(self) -> int:
@@ -184,7 +189,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 leave_gradients(self.policy, problem.gradients)
             with timed(record, "time/critic_s"):  # Adam leaves the critic's gradients beside them
                 regression = self._regression(batch, frozenset(problem.gradients), chunk_size)
-                record |= self._described(problem, step)
+                record |= self._log_entries(problem, step)
                 del problem  # with what it keeps of π_old
                 record["train/value_loss"] = self.value_critic.fit(regression)
         self._keep(batch)
@@ -193,12 +198,12 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _problem(self, batch: Batch, chunk_size: int | None = None) -> PolicyProblem:
         """What the policy step is to solve on a rollout."""
-        seen = without_noise(self._seen_by_policy(batch, chunk_size), self.rollout_buffer)
+        seen = without_noise(self._policy_samples(batch, chunk_size), self.rollout_buffer)
         if self.normalize_advantage:
             seen = seen.with_normalized_advantages()
         return PolicyProblem(self.policy, seen, ent_coef=self.entropy_weight(), chunk_size=chunk_size)
 
-    def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
+    def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The samples of the policy step, of a rollout that the critic sees as it is."""
         return batch
 
@@ -287,7 +292,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _cures(self) -> str:
         return f"a smaller `target_kl`, more `cg_damping`, {super()._cures()}"
 
-    def _described(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
+    def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         """What to log of a step."""
         found, cg = step.evaluation, step.direction and step.direction.cg
         return {

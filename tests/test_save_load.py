@@ -137,3 +137,26 @@ def test_policies_and_parameters_copy(model: Any, request: pytest.FixtureRequest
     np.testing.assert_array_equal(other.predict(sample, deterministic=True)[0], expected)
     other.set_parameters(model.get_parameters())
     np.testing.assert_array_equal(other.predict(sample, deterministic=True)[0], expected)
+
+
+SAVED_BY_0_1 = {
+    "trpo_0_1": (TRPO, "box"),
+    "npg_0_1": (NPG, "discrete"),
+    "ppo_penalty_0_1": (PPOPenalty, "multibinary"),
+    "recurrent_trpo_0_1": (RecurrentTRPO, "discrete"),
+    "maskable_trpo_0_1": (MaskableTRPO, "multidiscrete"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED_BY_0_1)
+def test_models_that_version_0_1_saved_go_on(name: str) -> None:
+    algorithm, action = SAVED_BY_0_1[name]
+    model = algorithm.load(Path(__file__).parent / "data" / name, env=make(algorithm, action).env, device="cpu")
+    before = [param.clone() for param in model.policy.parameters()]
+    model.learn(64, reset_num_timesteps=False)
+    assert model.num_timesteps == 128
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+    if name == "trpo_0_1":
+        assert model.value_critic.n_iterations == 3 and model.target_kl(1.0) == pytest.approx(0.02)
+    if name == "recurrent_trpo_0_1":
+        assert not hasattr(model, "n_epochs") and not hasattr(model, "clip_range")

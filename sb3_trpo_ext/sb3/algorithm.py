@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -28,6 +27,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
+from sb3_trpo_ext.sb3.action_spaces import KINDS
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.sb3.checks import (
@@ -54,9 +54,6 @@ from sb3_trpo_ext.sb3.transaction import (
     StateCheckpoint,
 )
 from sb3_trpo_ext.sb3.watchers import looks
-
-ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-"""The action spaces of SB3's PPO."""
 
 REJECTIONS_BEFORE_WARNING = 10
 
@@ -113,7 +110,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         fast_rollouts: bool | Literal["exact"] = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=ACTION_SPACES)
+        super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=tuple(KINDS))
         self.fast_rollouts = fast_rollouts
         self.rollout_path = ""
         self.policy_changes_in_rollouts = False

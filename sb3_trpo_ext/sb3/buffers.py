@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 from torch import Tensor
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
+from sb3_trpo_ext.sb3.action_spaces import kind_of
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.sequences import SequenceBatch
 
@@ -146,7 +147,7 @@ def _of_samples(
     advantages = data.advantages.flatten()
     return Batch(
         observations=data.observations,
-        actions=policy_actions(data.actions, action_space),
+        actions=kind_of(action_space).as_taken(data.actions),
         old_log_prob=data.old_log_prob.flatten(),
         advantages=advantages,
         returns=data.returns.flatten(),
@@ -168,6 +169,7 @@ def _viewed(buffer: RolloutBuffer, action_space: spaces.Space, reduction: Reduct
         return rows(array).to(buffer.device)
 
     observations, shapes = buffer.observations, buffer.obs_shape
+    actions = rows(buffer.actions, buffer.action_dim).to(buffer.device).float()
     masks = None
     if isinstance(buffer, MASKABLE_BUFFERS):
         masks = rows(buffer.action_masks, buffer.mask_dims).to(buffer.device)
@@ -175,7 +177,7 @@ def _viewed(buffer: RolloutBuffer, action_space: spaces.Space, reduction: Reduct
         observations={key: rows(value, *shapes[key]) for key, value in observations.items()}
         if isinstance(observations, dict) and isinstance(shapes, dict)
         else rows(observations, *shapes),
-        actions=policy_actions(rows(buffer.actions, buffer.action_dim).to(buffer.device).float(), action_space),
+        actions=kind_of(action_space).as_taken(actions),
         old_log_prob=numbers(buffer.log_probs),
         advantages=numbers(buffer.advantages),
         returns=numbers(buffer.returns),
@@ -209,11 +211,6 @@ def _env_major(buffer: RolloutBuffer) -> NDArray[np.intp]:
     """Where SB3's order of samples, one environment after the other, finds them in a batch that is ordered by time."""
     index = np.arange(buffer.buffer_size * buffer.n_envs)
     return index.reshape(buffer.buffer_size, buffer.n_envs).T.reshape(-1)
-
-
-def policy_actions(actions: Tensor, action_space: spaces.Space) -> Tensor:
-    """Actions as stored by a rollout buffer -> as ``log_prob`` takes them (Discrete: integers, no last axis)."""
-    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
+from sb3_trpo_ext.sb3.action_spaces import kind_of
 from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, plain, timed
 from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
@@ -42,10 +42,6 @@ ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 1
 
 OF_PPO = ("n_epochs", "clip_range", "clip_range_vf")
 """What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, give a model for their own updates."""
-
-MIN_RADIUS_USED = 0.6
-"""The share of the trust region that damping leaves a step over discrete actions: half of δ, and room for the error of
-the quadratic model."""
 
 PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts"} - {
     "monitor_wrapper",
@@ -175,7 +171,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _action_dimensions(self) -> int:
         """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""
-        counts = self.kl_per_action_dim and isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
+        counts = self.kl_per_action_dim and kind_of(self.action_space).averages_kl
         return get_action_dim(self.action_space) if counts else 1
 
     def _update(self) -> Outcome:
@@ -252,9 +248,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _min_radius_used(self) -> float:
         """What ``min_radius_used="auto"`` stands for here, or ``min_radius_used`` itself."""
-        if self.min_radius_used != "auto":
-            return float(self.min_radius_used)
-        return 0.0 if isinstance(self.action_space, spaces.Box) else MIN_RADIUS_USED
+        least = self.min_radius_used
+        return kind_of(self.action_space).min_radius_used if least == "auto" else float(least)
 
     def _chunk_size(self, batch: Batch) -> int | None:
         """Most samples in one forward pass."""

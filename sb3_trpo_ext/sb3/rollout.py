@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -19,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from sb3_trpo_ext.sb3.action_spaces import kind_of
 from sb3_trpo_ext.sb3.batch import SharedSwitch
 from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_actions
@@ -142,7 +142,7 @@ class FastRollout:
         self._model, self._env, self._buffer, self._n_steps = model, env, buffer, n_steps
         self._exact = model.fast_rollouts == "exact"
         space = model.action_space
-        self._bounds = (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
+        self._bounds = (space.low[None], space.high[None]) if kind_of(space).is_bounded else None
         self._reshaped = len(space.shape) != 1
         self._policy: FastPolicy | None = self._fast_policy()
 
@@ -355,7 +355,7 @@ class FastRollout:
 
     def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
         """Show what SB3 shows at the end."""
-        if isinstance(self._model.action_space, spaces.Discrete):
+        if kind_of(self._model.action_space).is_index:
             names["actions"] = names["actions"].reshape(-1, 1)
         callback.update_locals(names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -103,9 +103,7 @@ class PPOClip(FirstOrderAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
-        *,
-        max_kl: float | None = None,
-        fast_rollouts: bool | Literal["exact"] = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -131,8 +129,7 @@ class PPOClip(FirstOrderAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            max_kl=max_kl,
-            fast_rollouts=fast_rollouts,
+            **kwargs,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -124,9 +124,7 @@ class PPOPenalty(FirstOrderAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
-        *,
-        max_kl: float | None = None,
-        fast_rollouts: bool | Literal["exact"] = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -152,8 +150,7 @@ class PPOPenalty(FirstOrderAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            max_kl=max_kl,
-            fast_rollouts=fast_rollouts,
+            **kwargs,
         )
         self.target_kl = target_kl
         self.kl_coef = kl_coef

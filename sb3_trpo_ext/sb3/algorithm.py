@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -55,6 +56,13 @@ from sb3_trpo_ext.sb3.transaction import (
 )
 from sb3_trpo_ext.sb3.watchers import looks
 
+PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts"} - {
+    "monitor_wrapper",
+    "supported_action_spaces",
+    "_init_setup_model",
+}
+"""Arguments of SB3's template that its algorithms offer to users, and that of ours."""
+
 REJECTIONS_BEFORE_WARNING = 10
 
 PROBED = 256
@@ -96,6 +104,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     reduction: Reduction = ALONE
     """How what samples say becomes a number, for a model whose samples are spread over workers."""
 
+    refused_arguments: ClassVar[Mapping[str, str]] = {}
+    """What a user of a neighbouring algorithm may pass, and what to use instead."""
+
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": ActorCriticPolicy,
         "CnnPolicy": ActorCriticCnnPolicy,
@@ -116,6 +127,15 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         self.policy_changes_in_rollouts = False
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
+
+    def _refuse(self, arguments: Mapping[str, Any]) -> None:
+        """Raise `TypeError` if an argument that a class would pass on to SB3 is not one of users."""
+        for name, value in arguments.items():
+            if name in self.refused_arguments or name not in PASSED_ON:
+                hint = f": {self.refused_arguments[name]}" if name in self.refused_arguments else ""
+                raise TypeError(
+                    f"{type(self).__name__}() got an unexpected keyword argument {name!r} (= {value!r}){hint}."
+                )
 
     def _setup_model(self) -> None:
         """Check the arguments, then build; `load` comes through here too."""

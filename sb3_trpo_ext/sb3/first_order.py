@@ -125,9 +125,10 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         n_epochs: int,
         clip_range_vf: float | Schedule | None,
         normalize_advantage: bool,
-        max_kl: float | None,
+        max_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
+        self._refuse(kwargs)
         super().__init__(policy, env, **kwargs)
         self.batch_size = batch_size
         self.n_epochs = n_epochs

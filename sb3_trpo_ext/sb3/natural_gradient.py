@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -43,13 +41,6 @@ ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 1
 OF_PPO = ("n_epochs", "clip_range", "clip_range_vf")
 """What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, give a model for their own updates."""
 
-PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts"} - {
-    "monitor_wrapper",
-    "supported_action_spaces",
-    "_init_setup_model",
-}
-"""Arguments of SB3's template that its algorithms offer to users, and that of ours."""
-
 PolicyStep = Step[PolicyEvaluation]
 
 
@@ -75,7 +66,6 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         "max_grad_norm": "its step length is set by `target_kl`",
         "max_kl": "its radius is `target_kl`",
     }
-    """What a user of a neighbouring algorithm may pass, and what to use instead."""
 
     def __init__(
         self,
@@ -115,14 +105,6 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.critic = critic
         self.critic_kwargs = critic_kwargs or {}
         self.n_critic_updates = n_critic_updates
-
-    def _refuse(self, arguments: Mapping[str, Any]) -> None:
-        for name, value in arguments.items():
-            if name in self.refused_arguments or name not in PASSED_ON:
-                hint = f": {self.refused_arguments[name]}" if name in self.refused_arguments else ""
-                raise TypeError(
-                    f"{type(self).__name__}() got an unexpected keyword argument {name!r} (= {value!r}){hint}."
-                )
 
     def _setup_model(self) -> None:
         super()._setup_model()

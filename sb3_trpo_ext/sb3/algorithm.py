@@ -187,6 +187,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """
         self._rejections_in_a_row = 0
         self._reported_rejections = []
+        behind: Any = super()  # in the order of classes: rollouts with a memory
+        if hasattr(behind, "_forget"):
+            behind._forget()
 
     def entropy_weight(self) -> float:
         """``ent_coef`` in force: itself, or its schedule at the remaining progress."""

@@ -43,7 +43,7 @@ from sb3_trpo_ext.sb3.checks import (
 )
 from sb3_trpo_ext.sb3.forward import NotCoveredError
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
-from sb3_trpo_ext.sb3.rollout import fast_rollout
+from sb3_trpo_ext.sb3.rollout_kinds import fast_rollout
 from sb3_trpo_ext.sb3.signal import CURES
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 from sb3_trpo_ext.sb3.transaction import (

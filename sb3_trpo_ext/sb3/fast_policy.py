@@ -14,8 +14,6 @@ from sb3_contrib.common.maskable.distributions import (
     MaskableCategoricalDistribution,
     MaskableMultiCategoricalDistribution,
 )
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -30,9 +28,8 @@ from torch.nn.modules import module as global_hooks
 
 from sb3_trpo_ext.sb3.encoding import Encoder
 from sb3_trpo_ext.sb3.forward import Array, Mlp, NotCoveredError
+from sb3_trpo_ext.sb3.methods import KNOWN_POLICIES
 from sb3_trpo_ext.sb3.sampling import BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
-
-KNOWN_POLICIES = (MaskableActorCriticPolicy, RecurrentActorCriticPolicy, ActorCriticPolicy)  # subclasses first
 
 OVERRIDABLE = (
     "forward",

@@ -3,6 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+KNOWN_POLICIES = (MaskableActorCriticPolicy, RecurrentActorCriticPolicy, ActorCriticPolicy)
+"""The policies of SB3 and sb3-contrib, subclasses first; each keeps one distribution, which a forward pass sets."""
+
 
 def owner_of(wrapper: Any, name: str, known: Iterable[type]) -> Any | None:
     """The object whose method ``wrapper.name`` is, where that method is as one of the classes ``known`` defines it.

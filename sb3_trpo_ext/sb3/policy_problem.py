@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
@@ -19,11 +17,8 @@ from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import Batch, fits
 from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, check_family, family_of
-from sb3_trpo_ext.sb3.methods import owner_of
+from sb3_trpo_ext.sb3.methods import KNOWN_POLICIES, owner_of
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
-
-KNOWN_POLICIES = (ActorCriticPolicy, MaskableActorCriticPolicy, RecurrentActorCriticPolicy)
-"""Policies that keep one distribution, which ``evaluate_actions`` sets."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from sb3_trpo_ext.sb3.action_spaces import kind_of
 from sb3_trpo_ext.sb3.batch import SharedSwitch
-from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
 from sb3_trpo_ext.sb3.checks import check_actions
-from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
+from sb3_trpo_ext.sb3.fast_policy import FastPolicy
 from sb3_trpo_ext.sb3.forward import Array, NotCoveredError, aligned
+from sb3_trpo_ext.sb3.returns import estimate_advantages
 from sb3_trpo_ext.sb3.watchers import is_idle, looks
 
 PENDING = 2**17
@@ -360,116 +359,6 @@ class FastRollout:
         callback.update_locals(names)
 
 
-class FastMaskableRollout(FastRollout):
-    """The same for sb3-contrib's maskable policies and buffers.
-
-    Args:
-        use_masking: Whether the environments are asked which actions are allowed.
-    """
-
-    buffers = MASKABLE_BUFFERS
-    shows_clipped_actions = unscales = False
-    asks_before_acting = True
-
-    def __init__(self, model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, use_masking: bool = True) -> None:
-        super().__init__(model, env, buffer, n_steps)
-        self._use_masking, self._options = use_masking, int(buffer.mask_dims)  # type: ignore[attr-defined]
-
-    def _begin(self, names: dict[str, Any]) -> None:
-        names["use_masking"], names["action_masks"] = self._use_masking, None
-        if self._use_masking and not is_masking_supported(self._env):
-            raise ValueError(
-                "The environment does not support action masking: it has no method `action_masks`. Wrap it in "
-                "sb3_contrib.common.wrappers.ActionMasker, or pass use_masking=False to `learn`."
-            )
-
-    def _masks(self, names: dict[str, Any]) -> Array | None:
-        if self._use_masking:
-            names["action_masks"] = get_action_masks(self._env)
-            masks = np.asarray(names["action_masks"]).reshape(self._env.num_envs, -1)
-            if masks.shape[1] != self._options:
-                raise ValueError(
-                    f"`action_masks` must have one entry for each of the {self._options} options of "
-                    f"{self._model.action_space}, got {masks.shape[1]}."
-                )
-            return masks
-        return None
-
-    def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        self._masks(names)
-        actions, values, log_probs = self._model.policy(names["obs_tensor"], action_masks=names["action_masks"])
-        return actions, values, log_probs
-
-    def _store(self, step: int, names: dict[str, Any]) -> None:
-        if names["action_masks"] is not None:
-            masks: Any = self._buffer
-            masks.action_masks[step] = names["action_masks"].reshape(self._env.num_envs, -1)
-        super()._store(step, names)
-
-    def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
-        """Show nothing, as sb3-contrib."""
-
-
-class FastRecurrentRollout(FastRollout):
-    """The same for sb3-contrib's LSTM policies and buffers."""
-
-    buffers = RECURRENT_BUFFERS
-    name_of_done = "done_"
-    unscales = False
-    asks_before_acting = True
-
-    def _fast_policy(self) -> FastPolicy:
-        return FastRecurrentPolicy(self._model.policy, self._env.num_envs, exact=self._exact)
-
-    def _masks(self, names: dict[str, Any]) -> Array | None:
-        policy, model = self._policy, self._model
-        assert isinstance(policy, FastRecurrentPolicy)
-        names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32)
-        with torch.no_grad():
-            names["lstm_states"] = policy.remember(
-                names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
-            )
-        return None
-
-    def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        model = self._model
-        names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32, device=model.device)
-        actions, values, log_probs, names["lstm_states"] = model.policy(
-            names["obs_tensor"], names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
-        )
-        return actions, values, log_probs
-
-    def _note_timeouts(self, pending: Pending, step: int, names: dict[str, Any]) -> None:
-        self._bootstrap(names)
-
-    def _terminal_value(self, names: dict[str, Any]) -> Tensor:
-        model, env = self._model, names["idx"]
-        names["terminal_lstm_state"] = tuple(state[:, env : env + 1].contiguous() for state in names["lstm_states"].vf)
-        names["episode_starts"] = torch.zeros(1, device=model.device)
-        value: Tensor = model.policy.predict_values(
-            names["terminal_obs"], names["terminal_lstm_state"], names["episode_starts"]
-        )[0]
-        return value
-
-    def _store(self, step: int, names: dict[str, Any]) -> None:
-        buffer: Any = self._buffer
-        before = self._model._last_lstm_states
-        arrays = (buffer.hidden_states_pi, buffer.cell_states_pi, buffer.hidden_states_vf, buffer.cell_states_vf)
-        for array, state in zip(arrays, (*before.pi, *before.vf), strict=True):
-            array[step] = state.cpu().numpy()
-        super()._store(step, names)
-        self._model._last_lstm_states = names["lstm_states"]
-
-    def _last_values(self, observation: Any, names: dict[str, Any]) -> Tensor:
-        model = self._model
-        starts = torch.tensor(names["dones"], dtype=torch.float32, device=model.device)
-        values: Tensor = model.policy.predict_values(observation, names["lstm_states"].vf, starts)
-        return values
-
-    def _end(self, callback: BaseCallback, names: dict[str, Any]) -> None:
-        """Show nothing, as sb3-contrib."""
-
-
 def is_timeout(info: dict[str, Any]) -> bool:
     """Whether a time limit, and nothing else, ended the episode."""
     return info.get("terminal_observation") is not None and bool(info.get("TimeLimit.truncated", False))
@@ -480,50 +369,3 @@ def _by_step(arrays: Any, observations: Any) -> Any:
     if isinstance(arrays, dict):
         return {key: _by_step(array, observations[key]) for key, array in arrays.items()}
     return arrays.reshape(len(arrays), *observations.shape)
-
-
-def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:
-    """Generalised advantage estimates and λ-returns, as `RolloutBuffer.compute_returns_and_advantage` fills them in.
-
-    δ_t = r_t + γ V(s_t+1) - V(s_t) and Â_t = δ_t + γλ Â_t+1, nothing being carried over the end of an episode; only the
-    recursion is a loop (Schulman et al. 2016, equation 16).
-
-    Args:
-        buffer: The buffer, full.
-        last_values: V of the observations after the last step, ``(E,)``.
-        dones: Which episodes ended at the last step, ``(E,)``.
-    """
-    goes_on = 1.0 - np.concatenate([buffer.episode_starts[1:], dones[None].astype(np.float32)])
-    next_values = np.concatenate([buffer.values[1:], last_values[None]])
-    deltas = buffer.rewards + buffer.gamma * next_values * goes_on - buffer.values
-    decays = buffer.gamma * buffer.gae_lambda * goes_on
-    if buffer.n_envs == 1:  # scalars of NumPy round as its arrays, and take a fifth of the time
-        backwards, advantage = [], np.float32(0)
-        for delta, decay in zip(deltas[::-1, 0], decays[::-1, 0], strict=True):
-            advantage = delta + decay * advantage
-            backwards.append(advantage)
-        buffer.advantages[::-1, 0] = backwards
-    else:
-        following: Array = np.zeros_like(last_values)
-        for target, delta, decay in zip(buffer.advantages[::-1], deltas[::-1], decays[::-1], strict=True):
-            np.multiply(decay, following, out=target)
-            following = np.add(delta, target, out=target)
-    buffer.returns = buffer.advantages + buffer.values
-
-
-def fast_rollout(model: Any, env: VecEnv, buffer: RolloutBuffer, n_steps: int, *args: Any) -> FastRollout:
-    """The fast path for a model.
-
-    Args:
-        model: The algorithm that collects.
-        env: The environments.
-        buffer: The buffer to fill.
-        n_steps: Steps of each environment.
-        *args: What sb3-contrib's ``collect_rollouts`` takes beyond these.
-
-    Raises:
-        NotCoveredError: If it does not cover the model; the message says why.
-    """
-    kinds: list[type[FastRollout]] = [FastMaskableRollout, FastRecurrentRollout, FastRollout]
-    kind = next((kind for kind in kinds if isinstance(buffer, kind.buffers)), FastRollout)
-    return kind(model, env, buffer, n_steps, *args)

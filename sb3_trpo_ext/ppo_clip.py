@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.objectives import clipped_surrogate
 from sb3_trpo_ext.sb3.algorithm import plain
+from sb3_trpo_ext.sb3.arguments import check_schedule
 from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.checks import check_schedule
 from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
 

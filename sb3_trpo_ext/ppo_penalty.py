@@ -20,9 +20,9 @@ from sb3_trpo_ext.core.objectives import (
     searched_penalty,
 )
 from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError, plain
+from sb3_trpo_ext.sb3.arguments import check_number, check_radius
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_number, check_radius
 from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
 from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.sb3.transaction import Attributes, Restorable

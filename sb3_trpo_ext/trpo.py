@@ -14,13 +14,14 @@ from torch import Tensor
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.sb3.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
 from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 from sb3_trpo_ext.sb3.regions import LargestRegion, MeanRegion, Penalty
 from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
+from sb3_trpo_ext.sb3.rollout_size import check_rollout_size
 from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
 
 

@@ -22,7 +22,7 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
 )
 from sb3_trpo_ext.sb3.algorithm import REJECTIONS_BEFORE_WARNING
-from sb3_trpo_ext.sb3.checks import check_policy
+from sb3_trpo_ext.sb3.finite import check_policy
 from sb3_trpo_ext.sb3.signal import CURES
 
 ALGORITHMS = [TRPO, NPG, PPOClip, PPOPenalty, RecurrentTRPO, RecurrentNPG, RecurrentPPOClip, MaskableTRPO]

@@ -21,9 +21,9 @@ from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import TRPO, MaskableTRPO
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.distributions import family_of
+from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
 from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
 
 INVALID = {

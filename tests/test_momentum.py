@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
-from sb3_trpo_ext.core.trust_region import Acceptance, Trial
-from sb3_trpo_ext.sb3.steps import PolicyStep, StepAlong
+from sb3_trpo_ext.core.trust_region import Trial
+from sb3_trpo_ext.sb3.steps import StepAlong
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo_ext.core.natural_step import Acceptance
+from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
 
 MU = 0.6
 

@@ -9,9 +9,9 @@ from envs import OBSERVATION_SPACES, RandomEnv, make, with_rollout
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sb3_trpo_ext.core.trust_region import boundary_curvature
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentNPG, RecurrentTRPO
+from sb3_trpo_ext.core.natural_step import boundary_curvature
 
 HALF = 0.5
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from envs import make
-from sb3_trpo_ext.sb3.steps import PolicyStep
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.advantages import trace_advantages
 from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
 
 
 class Watched(TRPO):

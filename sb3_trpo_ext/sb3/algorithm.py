@@ -29,21 +29,14 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.sb3.action_spaces import KINDS
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
+from sb3_trpo_ext.sb3.arguments import check_finite, check_integer, check_schedule
 from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
-from sb3_trpo_ext.sb3.checks import (
-    check_finite,
-    check_integer,
-    check_observation,
-    check_policy,
-    check_rollout,
-    check_schedule,
-    check_spaces,
-    check_trainable,
-)
+from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
+from sb3_trpo_ext.sb3.finite import check_observation, check_policy, check_rollout
 from sb3_trpo_ext.sb3.forward import NotCoveredError
 from sb3_trpo_ext.sb3.parameters import gradient, trainable
 from sb3_trpo_ext.sb3.rollout_kinds import fast_rollout
+from sb3_trpo_ext.sb3.rollout_size import check_spaces, check_trainable
 from sb3_trpo_ext.sb3.signal import CURES
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 from sb3_trpo_ext.sb3.transaction import (

@@ -17,21 +17,16 @@ from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.sb3.action_spaces import kind_of
 from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, plain, timed
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation, explained_double_backward
+from sb3_trpo_ext.sb3.arguments import check_integer, check_number, check_radius, check_samples, check_share
+from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
-from sb3_trpo_ext.sb3.checks import (
-    check_integer,
-    check_minibatches,
-    check_number,
-    check_radius,
-    check_rollout_size,
-    check_samples,
-    check_share,
-)
-from sb3_trpo_ext.sb3.critic import Critic, Regression, make_critic
+from sb3_trpo_ext.sb3.critic import Critic, Regression
+from sb3_trpo_ext.sb3.critic_registry import make_critic
 from sb3_trpo_ext.sb3.device import affordable_samples
+from sb3_trpo_ext.sb3.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.sb3.parameters import leave_gradients
 from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.sb3.rollout_size import check_minibatches, check_rollout_size
 from sb3_trpo_ext.sb3.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.sb3.transaction import Restorable, StateCheckpoint
 

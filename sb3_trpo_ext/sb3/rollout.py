@@ -18,11 +18,11 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from sb3_trpo_ext.sb3.action_spaces import kind_of
-from sb3_trpo_ext.sb3.batch import SharedSwitch
-from sb3_trpo_ext.sb3.checks import check_actions
 from sb3_trpo_ext.sb3.fast_policy import FastPolicy
+from sb3_trpo_ext.sb3.finite import check_actions
 from sb3_trpo_ext.sb3.forward import Array, NotCoveredError, aligned
 from sb3_trpo_ext.sb3.returns import estimate_advantages
+from sb3_trpo_ext.sb3.shared_switch import SharedSwitch
 from sb3_trpo_ext.sb3.watchers import is_idle, looks
 
 PENDING = 2**17

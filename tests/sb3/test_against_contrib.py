@@ -7,12 +7,12 @@ import sb3_contrib
 import torch
 from envs import in_float64, make, with_rollout
 from sb3_contrib.common.utils import conjugate_gradient_solver
-from sb3_trpo_ext.core.trust_region import boundary_scale
 from stable_baselines3.common.distributions import kl_divergence
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
+from sb3_trpo_ext.core.natural_step import boundary_scale
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import whole_rollout

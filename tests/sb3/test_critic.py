@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, ValueFunction, ValueProblem
+from sb3_trpo_ext.sb3.critic import ValueFunction
+from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic, ValueProblem
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 

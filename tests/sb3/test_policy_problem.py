@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
+from sb3_trpo_ext.sb3.batch import Batch
 from sb3_trpo_ext.sb3.buffers import whole_rollout
+from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
 from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext import TRPO, PPOClip
-from sb3_trpo_ext.sb3.rollout import estimate_advantages
+from sb3_trpo_ext.sb3.returns import estimate_advantages
 from sb3_trpo_ext.sb3.stepping import cheap_copies
 
 

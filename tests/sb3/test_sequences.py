@@ -14,10 +14,10 @@ from torch import Tensor
 from sb3_trpo_ext import RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.sb3 import device
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
 from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
 from sb3_trpo_ext.sb3.device import _saved_bytes, affordable_samples
+from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
+from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
 from sb3_trpo_ext.sb3.sequences import PADDED, SequenceBatch
 

@@ -30,13 +30,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from sb3_trpo_ext.core.trust_region import backtracking_line_search
 from scipy.optimize import brentq
 from torch import Tensor
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
-from sb3_trpo_ext.core.natural_step import Acceptance, boundary_scale
+from sb3_trpo_ext.core.natural_step import Acceptance, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate, theoretical_penalty
 from sb3_trpo_ext.core.vectors import assign, flatten
 

@@ -11,12 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_schedule
 from sb3_trpo_ext.core.objectives import clipped_surrogate
-from sb3_trpo_ext.sb3.algorithm import plain
-from sb3_trpo_ext.sb3.arguments import check_schedule
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
+from sb3_trpo_ext.policy.problem import PolicyEvaluation
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.training.base import plain
+from sb3_trpo_ext.training.first_order import FirstOrderAlgorithm
 
 
 class PPOClip(FirstOrderAlgorithm):

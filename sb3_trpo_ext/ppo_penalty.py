@@ -13,19 +13,19 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_number, check_radius
 from sb3_trpo_ext.core.objectives import (
     adapted_penalty,
     bounded_penalty,
     importance_sampled_surrogate,
     searched_penalty,
 )
-from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError, plain
-from sb3_trpo_ext.sb3.arguments import check_number, check_radius
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
-from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.training.base import UpdateRejectedError, plain
+from sb3_trpo_ext.training.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
+from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 LARGEST_KL_COEF = torch.finfo(torch.float32).max ** 0.25
 """(β·‖∇KL‖)² must not overflow, which leaves β and ‖∇KL‖ the fourth root of the largest float32 each."""

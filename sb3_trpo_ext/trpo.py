@@ -11,18 +11,18 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.arguments import check_fraction, check_integer, check_number
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
-from sb3_trpo_ext.sb3.regions import LargestRegion, MeanRegion, Penalty
-from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
-from sb3_trpo_ext.sb3.rollout_size import check_rollout_size
-from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.policy.regions import LargestRegion, MeanRegion, Penalty
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined, shared_radius
+from sb3_trpo_ext.training.arguments import check_rollout_size
+from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 
 class TRPO(NaturalGradientAlgorithm):

@@ -21,9 +21,9 @@ from sb3_trpo_ext import (
     RecurrentPPOClip,
     RecurrentTRPO,
 )
-from sb3_trpo_ext.sb3.algorithm import REJECTIONS_BEFORE_WARNING
-from sb3_trpo_ext.sb3.finite import check_policy
-from sb3_trpo_ext.sb3.signal import CURES
+from sb3_trpo_ext.policy.signal import CURES
+from sb3_trpo_ext.rollout.finite import check_policy
+from sb3_trpo_ext.training.base import REJECTIONS_BEFORE_WARNING
 
 ALGORITHMS = [TRPO, NPG, PPOClip, PPOPenalty, RecurrentTRPO, RecurrentNPG, RecurrentPPOClip, MaskableTRPO]
 ENVIRONMENT = "VecCheckNan"

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_distribution
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.distributions import family_of
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.policy.distributions import family_of
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 
 class RegisteredBeta(BetaDistribution):

@@ -10,9 +10,9 @@ from envs import OBSERVATION_SPACES, make
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO, PPOClip
-from sb3_trpo_ext.sb3.adam import AdamCritic
-from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic
-from sb3_trpo_ext.sb3.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
+from sb3_trpo_ext.critic.adam import AdamCritic
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.training.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
 
 PAIRS = [(TRPO, sb3_contrib.TRPO), (PPOClip, stable_baselines3.PPO)]
 OUR_LOG_KEYS = {

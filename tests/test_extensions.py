@@ -15,10 +15,10 @@ from sb3_trpo_ext import NPG, TRPO, Critic, PPOClip, PPOPenalty, register_critic
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale
 from sb3_trpo_ext.core.reduction import Reduction
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import Regression
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.critic.base import Regression
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
 
 # A critic with a state of its own.
 

@@ -21,8 +21,8 @@ from sb3_trpo_ext import (
     RecurrentPPOClip,
     RecurrentTRPO,
 )
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 NATURAL = [TRPO, NPG, RecurrentTRPO, RecurrentNPG, MaskableTRPO]
 ALGORITHMS = [*NATURAL, PPOClip, PPOPenalty, RecurrentPPOClip]

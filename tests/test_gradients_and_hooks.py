@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from sb3_trpo_ext import TRPO, PPOClip, PPOPenalty, RecurrentPPOClip
-from sb3_trpo_ext.sb3.optimizer import LARGEST_FLAT, FlatOptimizer
+from sb3_trpo_ext.core.flat_optimizer import LARGEST_FLAT, FlatOptimizer
 
 OPTIONS: dict[str, Any] = {
     "batch_size": 12,

@@ -15,7 +15,7 @@ from envs import make
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {}),

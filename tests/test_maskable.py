@@ -21,10 +21,10 @@ from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import TRPO, MaskableTRPO
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.distributions import family_of
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.policy.distributions import family_of
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 INVALID = {
     "discrete": lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=15),

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
-from sb3_trpo_ext.core.trust_region import Trial
-from sb3_trpo_ext.sb3.steps import StepAlong
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
-from sb3_trpo_ext.core.natural_step import Acceptance
-from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
+from sb3_trpo_ext.core.natural_step import Acceptance, StepAlong, Trial
+from sb3_trpo_ext.training.natural_gradient import PolicyStep
 
 MU = 0.6
 
@@ -63,7 +61,7 @@ def test_what_is_ascended_is_the_heavy_ball(action: str) -> None:
 
 def test_the_direction_is_the_fisher_solution_of_the_heavy_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[tuple[Any, Tensor, Tensor]] = []
-    from sb3_trpo_ext.sb3 import natural_gradient
+    from sb3_trpo_ext.training import natural_gradient
 
     solve = natural_gradient.conjugate_gradient
 

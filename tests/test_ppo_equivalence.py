@@ -11,9 +11,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.distributions import kl_divergence
 
 from sb3_trpo_ext import PPOClip
-from sb3_trpo_ext.sb3 import first_order
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.training import first_order
 
 
 def batch_of(model: Any) -> Batch:

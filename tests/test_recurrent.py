@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
-from sb3_trpo_ext.sb3.sequences import SequenceBatch
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
+from sb3_trpo_ext.rollout.sequences import SequenceBatch
 
 KINDS: dict[str, dict[str, Any]] = {
     "separate": {},

@@ -32,8 +32,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.sampling import CategoricalSampler
-from sb3_trpo_ext.sb3.watchers import looks
+from sb3_trpo_ext.rollout.sampling import CategoricalSampler
+from sb3_trpo_ext.rollout.watchers import looks
 
 VECTOR_DICT = spaces.Dict(
     {"position": spaces.Box(-1, 1, (2, 2)), "at": spaces.Discrete(5), "flags": spaces.MultiBinary(2)}
@@ -434,7 +434,7 @@ def test_a_policy_that_a_callback_changes_acts_at_once(algorithm: Any, way: Any,
 
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_many_small_groups_of_steps(n_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_trpo_ext.sb3.rollout.PENDING", 30)
+    monkeypatch.setattr("sb3_trpo_ext.rollout.fast.PENDING", 30)
     check_same(TRPO, OBSERVATIONS["vector"], ACTION_SPACES["box"], n_envs)
     check_same(RecurrentTRPO, OBSERVATIONS["vector"], ACTION_SPACES["discrete"], n_envs)
 

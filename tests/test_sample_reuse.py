@@ -11,8 +11,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.advantages import trace_advantages
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.training.natural_gradient import PolicyStep
 
 
 class Watched(TRPO):

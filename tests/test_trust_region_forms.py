@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
+from sb3_trpo_ext.policy.problem import PolicyEvaluation
 
 
 def log_of_one_update(**options: Any) -> dict[str, float]:

@@ -25,8 +25,8 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
     register_distribution,
 )
-from sb3_trpo_ext.sb3 import distributions
-from sb3_trpo_ext.sb3.algorithm import REJECTIONS_BEFORE_WARNING
+from sb3_trpo_ext.policy import distributions
+from sb3_trpo_ext.training.base import REJECTIONS_BEFORE_WARNING
 
 EVERY = [TRPO, NPG, PPOClip, PPOPenalty, RecurrentTRPO, RecurrentNPG, RecurrentPPOClip, MaskableTRPO]
 NATURAL = [TRPO, NPG, RecurrentTRPO, RecurrentNPG, MaskableTRPO]
@@ -254,7 +254,7 @@ def test_the_note_on_an_estimated_kl_is_made_for_every_class(
 ) -> None:
     monkeypatch.setattr(distributions, "_FACTORIES", dict(distributions._FACTORIES))
     monkeypatch.setattr(distributions, "family_of", lambda _: None)
-    from sb3_trpo_ext.sb3 import policy_problem
+    from sb3_trpo_ext.policy import problem as policy_problem
 
     monkeypatch.setattr(policy_problem, "family_of", lambda _: None)
     model = make(TRPO, "box", verbose=1).learn(96)

@@ -20,10 +20,10 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
 )
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import ValueFunction
-from sb3_trpo_ext.sb3.methods import owner_of
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput
+from sb3_trpo_ext.critic.base import ValueFunction
+from sb3_trpo_ext.policy.problem import PolicyOutput
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.rollout.known_policies import owner_of
 
 
 class Module(nn.Module):

@@ -36,11 +36,11 @@ from torch import Tensor
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 TABLE = RESULTS / "fresh_rollouts.csv.gz"
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5")

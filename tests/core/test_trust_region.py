@@ -5,12 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sb3_trpo_ext.core.trust_region import backtracking_line_search
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.natural_step import Acceptance, boundary_scale
+from sb3_trpo_ext.core.natural_step import Acceptance, backtracking_line_search, boundary_scale
 from sb3_trpo_ext.core.objectives import clipped_surrogate, importance_sampled_surrogate
-from sb3_trpo_ext.sb3.transaction import Atomic, Checkpoint
+from sb3_trpo_ext.training.transaction import Atomic, Checkpoint
 
 ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True)
 

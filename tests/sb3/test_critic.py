@@ -12,11 +12,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import ValueFunction
-from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic, ValueProblem
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.critic.base import ValueFunction
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic, ValueProblem
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 
 def regression(size: int = 40, scale: float = 1.0) -> Batch:

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from sb3_trpo_ext import TRPO, Family, register_distribution
 from sb3_trpo_ext.core.vectors import flatten, unflatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.distributions import (
+from sb3_trpo_ext.policy.distributions import (
     BernoulliFamily,
     CategoricalFamily,
     GaussianFamily,
@@ -28,7 +27,8 @@ from sb3_trpo_ext.sb3.distributions import (
     exp_remainder,
     family_of,
 )
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 GSDE = {"gsde": {}, "gsde-expln": {"use_expln": True}, "gsde-squashed": {"squash_output": True}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
+from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer
 
 SHAPES = [(7, 5), (5,), (1, 3), (1,), (33,)]
 OPTIMIZERS: dict[str, Any] = {

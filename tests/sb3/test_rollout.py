@@ -17,8 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext import TRPO, PPOClip
-from sb3_trpo_ext.sb3.returns import estimate_advantages
-from sb3_trpo_ext.sb3.stepping import cheap_copies
+from sb3_trpo_ext.rollout.env_copies import cheap_copies
+from sb3_trpo_ext.rollout.returns import estimate_advantages
 
 
 def hooked(model: Any) -> None:

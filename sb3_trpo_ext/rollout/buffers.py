@@ -17,9 +17,9 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 from torch import Tensor
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
-from sb3_trpo_ext.sb3.action_spaces import kind_of
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.sequences import SequenceBatch
+from sb3_trpo_ext.rollout.action_spaces import kind_of
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.sequences import SequenceBatch
 
 MASKABLE_BUFFERS = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 RECURRENT_BUFFERS = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.rollout.batch import Batch
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes that the graphs of one chunk of an update may take."""

@@ -26,10 +26,10 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from sb3_trpo_ext.sb3.encoding import Encoder
-from sb3_trpo_ext.sb3.forward import Array, Mlp, NotCoveredError
-from sb3_trpo_ext.sb3.methods import KNOWN_POLICIES
-from sb3_trpo_ext.sb3.sampling import BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
+from sb3_trpo_ext.rollout.encoding import Encoder
+from sb3_trpo_ext.rollout.forward import Array, Mlp, NotCoveredError
+from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES
+from sb3_trpo_ext.rollout.sampling import BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
 
 OVERRIDABLE = (
     "forward",

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
+from sb3_trpo_ext.core.parameters import gradient
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.arguments import check_integer, check_number, check_samples
-from sb3_trpo_ext.sb3.batch import Batch, fits
-from sb3_trpo_ext.sb3.critic import Critic, Regression, ValueFunction
-from sb3_trpo_ext.sb3.parameters import gradient
+from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
+from sb3_trpo_ext.rollout.batch import Batch, fits
 
 
 class GaussNewtonCritic(Critic):

@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.batch import Batch
+from sb3_trpo_ext.rollout.batch import Batch
 
 PADDED = 2
 """Most places of a forward pass, in multiples of its samples.

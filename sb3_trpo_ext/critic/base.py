@@ -13,10 +13,10 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.device import MEMORY_BUDGET
-from sb3_trpo_ext.sb3.methods import owner_of
-from sb3_trpo_ext.sb3.parameters import trainable
+from sb3_trpo_ext.core.parameters import trainable
+from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.known_policies import owner_of
 
 KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 """Policies whose V goes from the critic's features through its MLP."""

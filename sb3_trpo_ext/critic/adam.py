@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sb3_trpo_ext.sb3.critic import Critic, Regression, ValueFunction
-from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
+from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer
+from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
 
 
 class AdamCritic(Critic):

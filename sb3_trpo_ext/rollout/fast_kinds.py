@@ -12,10 +12,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
-from sb3_trpo_ext.sb3.fast_policy import FastPolicy, FastRecurrentPolicy
-from sb3_trpo_ext.sb3.forward import Array
-from sb3_trpo_ext.sb3.rollout import FastRollout, Pending
+from sb3_trpo_ext.rollout.buffers import MASKABLE_BUFFERS, RECURRENT_BUFFERS
+from sb3_trpo_ext.rollout.fast import FastRollout, Pending
+from sb3_trpo_ext.rollout.fast_policy import FastPolicy, FastRecurrentPolicy
+from sb3_trpo_ext.rollout.forward import Array
 
 
 class FastMaskableRollout(FastRollout):

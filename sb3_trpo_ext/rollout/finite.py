@@ -12,7 +12,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_trpo_ext.sb3.buffers import by_time
+from sb3_trpo_ext.rollout.buffers import by_time
 
 OF_THE_ENVIRONMENT = "Wrap the environment in stable_baselines3.common.vec_env.VecCheckNan to find where it comes from."
 OF_THE_POLICY = (

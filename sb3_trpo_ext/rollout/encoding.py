@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.forward import Array, NotCoveredError
+from sb3_trpo_ext.rollout.forward import Array, NotCoveredError
 
 Writer = Callable[[Array, Array], None]
 """Writes the features of observations ``(N, ...)`` into an array ``(N, F)``."""

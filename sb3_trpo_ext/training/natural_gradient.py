@@ -13,22 +13,22 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
-from sb3_trpo_ext.sb3.action_spaces import kind_of
-from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, plain, timed
-from sb3_trpo_ext.sb3.arguments import check_integer, check_number, check_radius, check_samples, check_share
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
-from sb3_trpo_ext.sb3.critic import Critic, Regression
-from sb3_trpo_ext.sb3.critic_registry import make_critic
-from sb3_trpo_ext.sb3.device import affordable_samples
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation, explained_double_backward
-from sb3_trpo_ext.sb3.parameters import leave_gradients
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyOutput, PolicyProblem
-from sb3_trpo_ext.sb3.rollout_size import check_minibatches, check_rollout_size
-from sb3_trpo_ext.sb3.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
-from sb3_trpo_ext.sb3.transaction import Restorable, StateCheckpoint
+from sb3_trpo_ext.core.parameters import leave_gradients
+from sb3_trpo_ext.critic.base import Critic, Regression
+from sb3_trpo_ext.critic.registry import make_critic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
+from sb3_trpo_ext.policy.memory_budget import affordable_samples
+from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.rollout.action_spaces import kind_of
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
+from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
+from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
+from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
 
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""

@@ -16,18 +16,18 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.algorithm import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
-from sb3_trpo_ext.sb3.arguments import check_integer, check_number, check_schedule
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
-from sb3_trpo_ext.sb3.device import GRAPHS, MEMORY_BUDGET, affordable_samples
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.optimizer import FlatOptimizer, gradient_norm
-from sb3_trpo_ext.sb3.parameters import gradient, trainable
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
-from sb3_trpo_ext.sb3.rollout_size import check_minibatches, check_rollout_size
-from sb3_trpo_ext.sb3.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
-from sb3_trpo_ext.sb3.transaction import PolicyCheckpoint, Restorable
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
+from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer, gradient_norm
+from sb3_trpo_ext.core.parameters import gradient, trainable
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
+from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
+from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
+from sb3_trpo_ext.training.transaction import PolicyCheckpoint, Restorable
 
 KL_CHUNK_SIZE = 2048
 """Most samples in one forward pass when the exact KL is evaluated."""

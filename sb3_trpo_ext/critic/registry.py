@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sb3_trpo_ext.sb3.adam import AdamCritic
-from sb3_trpo_ext.sb3.critic import Critic
-from sb3_trpo_ext.sb3.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.critic.adam import AdamCritic
+from sb3_trpo_ext.critic.base import Critic
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 
 _CRITICS: dict[str, type[Critic]] = {"gauss_newton": GaussNewtonCritic, "adam": AdamCritic}
 

@@ -27,19 +27,20 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.core.arguments import check_finite, check_integer, check_schedule
+from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
-from sb3_trpo_ext.sb3.action_spaces import KINDS
-from sb3_trpo_ext.sb3.arguments import check_finite, check_integer, check_schedule
-from sb3_trpo_ext.sb3.buffers import by_time, check_full, resize, whole_rollout
-from sb3_trpo_ext.sb3.evaluation import consistent_evaluation
-from sb3_trpo_ext.sb3.finite import check_observation, check_policy, check_rollout
-from sb3_trpo_ext.sb3.forward import NotCoveredError
-from sb3_trpo_ext.sb3.parameters import gradient, trainable
-from sb3_trpo_ext.sb3.rollout_kinds import fast_rollout
-from sb3_trpo_ext.sb3.rollout_size import check_spaces, check_trainable
-from sb3_trpo_ext.sb3.signal import CURES
-from sb3_trpo_ext.sb3.stepping import cheap_copies
-from sb3_trpo_ext.sb3.transaction import (
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.signal import CURES
+from sb3_trpo_ext.rollout.action_spaces import KINDS
+from sb3_trpo_ext.rollout.buffers import by_time, check_full, resize, whole_rollout
+from sb3_trpo_ext.rollout.env_copies import cheap_copies
+from sb3_trpo_ext.rollout.fast_kinds import fast_rollout
+from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_rollout
+from sb3_trpo_ext.rollout.forward import NotCoveredError
+from sb3_trpo_ext.rollout.watchers import looks
+from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
+from sb3_trpo_ext.training.transaction import (
     Atomic,
     Attributes,
     GradientCheckpoint,
@@ -47,7 +48,6 @@ from sb3_trpo_ext.sb3.transaction import (
     Restorable,
     StateCheckpoint,
 )
-from sb3_trpo_ext.sb3.watchers import looks
 
 PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts"} - {
     "monitor_wrapper",

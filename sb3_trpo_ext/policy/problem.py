@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
+from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch, fits
-from sb3_trpo_ext.sb3.distributions import Family, SampledFamily, check_family, family_of
-from sb3_trpo_ext.sb3.methods import KNOWN_POLICIES, owner_of
-from sb3_trpo_ext.sb3.parameters import gradient, trainable
+from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
+from sb3_trpo_ext.rollout.batch import Batch, fits
+from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES, owner_of
 
 
 @dataclass(frozen=True)

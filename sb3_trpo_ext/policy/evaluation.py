@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_trpo_ext.sb3.shared_switch import SharedSwitch
+from sb3_trpo_ext.core.shared_switch import SharedSwitch
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sb3_trpo_ext.core.natural_step import Direction, TrustRegion, boundary_scale, evaluate_at
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyProblem
 
 AIM = 0.95
 """The share of its bound that a step shortened to the largest KL aims at: exactly at it, half of them would miss."""

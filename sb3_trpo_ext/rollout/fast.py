@@ -17,13 +17,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.action_spaces import kind_of
-from sb3_trpo_ext.sb3.fast_policy import FastPolicy
-from sb3_trpo_ext.sb3.finite import check_actions
-from sb3_trpo_ext.sb3.forward import Array, NotCoveredError, aligned
-from sb3_trpo_ext.sb3.returns import estimate_advantages
-from sb3_trpo_ext.sb3.shared_switch import SharedSwitch
-from sb3_trpo_ext.sb3.watchers import is_idle, looks
+from sb3_trpo_ext.core.shared_switch import SharedSwitch
+from sb3_trpo_ext.rollout.action_spaces import kind_of
+from sb3_trpo_ext.rollout.fast_policy import FastPolicy
+from sb3_trpo_ext.rollout.finite import check_actions
+from sb3_trpo_ext.rollout.forward import Array, NotCoveredError, aligned
+from sb3_trpo_ext.rollout.returns import estimate_advantages
+from sb3_trpo_ext.rollout.watchers import is_idle, looks
 
 PENDING = 2**17
 """Numbers that may wait to be valued at the most, where one step does not have more."""

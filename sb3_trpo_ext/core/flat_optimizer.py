@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sb3_trpo_ext.core.parameters import trainable
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.core.vectors import flatten, unflatten
-from sb3_trpo_ext.sb3.parameters import trainable
 
 LARGEST_FLAT = 2**18
 """Numbers above which copying the vector takes longer than the small calls that it saves, but for the fused kernel."""
@@ -127,9 +127,9 @@ class FlatOptimizer:
         if not loss.requires_grad:
             return False
         if not self._frozen:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         elif self._params:  # without what only the frozen ones need
-            loss.backward(inputs=self._params)
+            loss.backward(inputs=self._params)  # type: ignore[no-untyped-call]
         return True
 
     def _write_back(self) -> None:
@@ -140,7 +140,8 @@ class FlatOptimizer:
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of several tensors together, rounded as `torch.nn.utils.clip_grad_norm_` rounds it."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
 
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:

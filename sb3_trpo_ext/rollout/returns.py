@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_trpo_ext.sb3.forward import Array
+from sb3_trpo_ext.rollout.forward import Array
 
 
 def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array) -> None:

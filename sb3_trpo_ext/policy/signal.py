@@ -9,8 +9,8 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext.core.advantages import rounding_of_advantages
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import by_time
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import by_time
 
 NO_SIGNAL = "all advantages are equal up to rounding, so that no action is better than another"
 NO_PARAMETER = "the policy has no trainable parameter"

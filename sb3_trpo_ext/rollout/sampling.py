@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.sb3.forward import Array
+from sb3_trpo_ext.rollout.forward import Array
 
 LARGE, CLOSE = 100.0, 1e-4
 """Up to this size of log p - log e, differences above the second are larger than what rounding makes of them."""

@@ -78,6 +78,14 @@ def test_a_critic_with_state_is_saved_loaded_and_restored(algorithm: Any, critic
     assert loaded.value_critic.fits == 4
 
 
+def test_a_rollout_of_another_length_leaves_the_critic_its_state() -> None:
+    model = make(TRPO, critic="scaled").learn(64)
+    critic = model.value_critic
+    model.n_steps = 48
+    model.learn(48, reset_num_timesteps=False)
+    assert model.value_critic is critic and critic.fits == 3
+
+
 def test_an_update_that_is_undone_puts_the_critic_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(TRPO, critic="scaled").learn(64)
     before = model.value_critic.state_dict()

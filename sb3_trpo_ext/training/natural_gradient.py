@@ -102,6 +102,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.n_critic_updates = n_critic_updates
 
     def _setup_model(self) -> None:
+        self.value_critic = make_critic(self._critic_kind(), self.critic_kwargs)
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
         for name in OF_PPO:
@@ -109,7 +110,6 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self.value_critic = make_critic(self._critic_kind(), self.critic_kwargs)
         check_radius("target_kl", self.target_kl, hint="A trust region has a positive radius; 0.01 is the usual one.")
         for name in ("cg_max_steps", "sub_sampling_factor", "n_critic_updates", "batch_size"):
             check_integer(name, getattr(self, name))
@@ -206,7 +206,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         return problem.fisher(self.cg_damping * self._action_dimensions(), samples)
 
     def _direction(self, problem: PolicyProblem, vector: Tensor | None = None) -> Direction:
-        """X ≈ (F + λI)⁻¹ v, v being the gradient if None."""
+        """Solve (F + λI) x = v, v being the gradient if None."""
         return natural_direction(
             self._fisher(problem),
             problem,
@@ -241,14 +241,14 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             return minibatches(self.rollout_buffer, samples, self.batch_size, self.action_space)
 
         return Regression(
-            self.policy,
-            batch,
-            actor,
-            epoch,
-            self.n_critic_updates,
-            self.curvature_samples,
-            chunk_size,
-            type(self.rollout_buffer) in VIEWED_BUFFERS,
+            policy=self.policy,
+            batch=batch,
+            frozen=actor,
+            minibatches=epoch,
+            epochs=self.n_critic_updates,
+            curvature_samples=self.curvature_samples,
+            chunk_size=chunk_size,
+            minibatches_are_parts=type(self.rollout_buffer) in VIEWED_BUFFERS,
         )
 
     def _checkpoints(self) -> tuple[Restorable, ...]:

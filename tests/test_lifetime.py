@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.sb3.batch import consistent_evaluation
+from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {}),
@@ -66,7 +67,7 @@ def test_nothing_of_a_model_outlives_it_after_a_failure_and_a_file(
     model.save(tmp_path / "model")
     loaded = TRPO.load(tmp_path / "model", env=model.env).learn(64)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TRPO, "_make_critic", interrupted)
+        patch.setattr(GaussNewtonCritic, "fit", interrupted)
         loaded.learn(64)
     references = remains(model) + remains(loaded)
     del model, loaded

@@ -23,7 +23,7 @@ from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError
 from sb3_trpo_ext.sb3.buffers import whole_rollout
 from sb3_trpo_ext.sb3.distributions import GaussianFamily
 from sb3_trpo_ext.sb3.first_order import Ascent, PolicyDivergedError
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation
 
 
 @given(st.floats(1e-3, 1e3), st.floats(0, 10), st.floats(1e-4, 1))
@@ -47,8 +47,7 @@ def exact_kl(old: Any, new: Any, batch: Any) -> torch.Tensor:
 def test_the_loss_is_the_papers(action: str) -> None:
     model = with_rollout(make(PPOPenalty, action, batch_size=32, kl_coef=2.5))
     batch = whole_rollout(model.rollout_buffer, model.action_space)
-    old, problem = copy.deepcopy(model.policy), PolicyProblem(model.policy, batch)
-    problem.evaluate()
+    old, problem = copy.deepcopy(model.policy), Comparison(model.policy, batch)
     part = model._prepared(batch, problem)[torch.randperm(len(batch))]
     with torch.no_grad():
         for param in model.policy.parameters():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentNPG, RecurrentTRPO
-from sb3_trpo_ext.core.trust_region import boundary_curvature
+from sb3_trpo_ext.core.natural_step import boundary_curvature
 
 HALF = 0.5
 

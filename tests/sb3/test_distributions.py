@@ -90,7 +90,7 @@ def test_fisher_product_is_the_hessian_of_the_kl(kind: str) -> None:
     model = model_of(kind)
     batch = batch_of(model)
     problem = PolicyProblem(model.policy, batch)
-    params = list(problem.gradients())
+    params = problem.params
     names = [name for name, param in model.policy.named_parameters() if any(param is p for p in params)]
     distribution = model.policy.get_distribution(batch.observations)
     family = family_of(distribution)
@@ -110,7 +110,7 @@ def test_fisher_product_is_the_hessian_of_the_kl(kind: str) -> None:
 
     theta = flatten(params).detach()
     dense = torch.autograd.functional.hessian(mean_kl, theta)
-    product = problem.fisher(params, damping=0.0)
+    product = problem.fisher(damping=0.0)
     matrix = torch.stack([product(row) for row in torch.eye(len(theta), dtype=torch.float64)])
     torch.testing.assert_close(matrix, dense, rtol=1e-6, atol=1e-9)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-9

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from betas import BetaDistribution, BetaFamily
 from envs import ACTION_SPACES, in_float64, make
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common import distributions as sb3
 from torch import Tensor, nn
@@ -210,6 +210,7 @@ def test_kl_has_the_right_gradient_in_float32(kind: str, seed: int, spread: floa
     sign=st.sampled_from([-1.0, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(exponent=-1.765625, sign=-1.0, dtype=torch.float32)  # e^y - 1 less y has too few digits there
 def test_the_remainder_of_the_exponential_keeps_its_digits(exponent: float, sign: float, dtype: torch.dtype) -> None:
     y = torch.tensor(sign * 10.0**exponent, dtype=dtype, requires_grad=True)
     with localcontext() as context:

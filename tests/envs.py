@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
+from sb3_trpo_ext.policy.problem import PolicyOutput
+from sb3_trpo_ext.rollout.batch import Batch
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput
 
 ACTION_SPACES: dict[str, spaces.Space] = {
     "box": spaces.Box(-1, 1, (3,)),

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.policy import problem as policy_problem
+from sb3_trpo_ext.policy.problem import PolicyProblem
 
 import sb3_trpo_ext
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
-from sb3_trpo_ext.sb3 import policy_problem
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 PACKAGE = str(Path(sb3_trpo_ext.__file__).parent)
 SMALL = {"n_steps": 8, "policy_kwargs": {"net_arch": [4]}}

@@ -10,6 +10,9 @@ import pytest
 import torch
 from envs import make, with_rollout
 from gymnasium import spaces
+from sb3_trpo_ext.policy.signal import CURES
+from sb3_trpo_ext.rollout.finite import check_policy
+from sb3_trpo_ext.training.base import REJECTIONS_BEFORE_WARNING
 
 from sb3_trpo_ext import (
     NPG,
@@ -21,9 +24,6 @@ from sb3_trpo_ext import (
     RecurrentPPOClip,
     RecurrentTRPO,
 )
-from sb3_trpo_ext.sb3.algorithm import REJECTIONS_BEFORE_WARNING
-from sb3_trpo_ext.sb3.checks import check_policy
-from sb3_trpo_ext.sb3.signal import CURES
 
 ALGORITHMS = [TRPO, NPG, PPOClip, PPOPenalty, RecurrentTRPO, RecurrentNPG, RecurrentPPOClip, MaskableTRPO]
 ENVIRONMENT = "VecCheckNan"

@@ -9,24 +9,24 @@ import torch
 from betas import BetaDistribution, BetaFamily, with_distribution
 from envs import ACTION_SPACES, SMALL, RandomEnv
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_trpo_ext.policy.distributions import family_of
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_family
+from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_distribution
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.distributions import family_of
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 
 class RegisteredBeta(BetaDistribution):
     pass
 
 
-register_family(RegisteredBeta, lambda distribution: BetaFamily())
+register_distribution(RegisteredBeta, lambda distribution: BetaFamily())
 
 DISTRIBUTIONS = [RegisteredBeta, BetaDistribution]
 ALGORITHMS: dict[Any, dict[str, Any]] = {

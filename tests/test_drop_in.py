@@ -7,11 +7,12 @@ import pytest
 import sb3_contrib
 import stable_baselines3
 from envs import OBSERVATION_SPACES, RandomEnv, make, policy_name
+from sb3_trpo_ext.critic.adam import AdamCritic
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.training.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, RecurrentNPG, RecurrentTRPO
-from sb3_trpo_ext.sb3.critic import AdamCritic, GaussNewtonCritic
-from sb3_trpo_ext.sb3.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
 
 PAIRS = [(TRPO, sb3_contrib.TRPO), (PPOClip, stable_baselines3.PPO)]
 OUR_LOG_KEYS = {

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from torch import nn
 
 from sb3_trpo_ext import (
@@ -21,8 +23,6 @@ from sb3_trpo_ext import (
     RecurrentPPOClip,
     RecurrentTRPO,
 )
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
 
 NATURAL = [TRPO, NPG, RecurrentTRPO, RecurrentNPG, MaskableTRPO]
 ALGORITHMS = [*NATURAL, PPOClip, PPOPenalty, RecurrentPPOClip]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from envs import make, with_rollout
 from sb3_contrib import RecurrentPPO
+from sb3_trpo_ext.core.flat_optimizer import LARGEST_FLAT, FlatOptimizer
 from stable_baselines3 import PPO
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -19,7 +20,6 @@ from torch.optim.optimizer import (
 )
 
 from sb3_trpo_ext import TRPO, PPOClip, PPOPenalty, RecurrentPPOClip
-from sb3_trpo_ext.sb3.optimizer import LARGEST_FLAT, FlatOptimizer
 
 OPTIONS: dict[str, Any] = {
     "batch_size": 12,

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch._dynamo
 from envs import make
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {}),

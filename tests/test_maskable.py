@@ -18,13 +18,13 @@ from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks
 from sb3_contrib.common.wrappers import ActionMasker
+from sb3_trpo_ext.policy.distributions import family_of
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import TRPO, MaskableTRPO
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.distributions import family_of
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
 
 INVALID = {
     "discrete": lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=15),

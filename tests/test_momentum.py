@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.training import natural_gradient
+from sb3_trpo_ext.training.natural_gradient import PolicyStep
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.natural_step import Acceptance, Evaluation, Step
-from sb3_trpo_ext.sb3 import natural_gradient
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
-from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 MU = 0.6
 

@@ -10,13 +10,13 @@ from envs import make, with_rollout
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sb3_trpo_ext.policy.signal import longest_recursion
+from sb3_trpo_ext.rollout.batch import Batch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
 from sb3_trpo_ext.core.advantages import rounding_of_advantages
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.signal import longest_recursion
 
 NATURAL = {"trpo": TRPO, "npg": NPG, "recurrent": RecurrentTRPO, "maskable": MaskableTRPO}
 FIRST_ORDER = {"ppo": PPOClip, "ppo-penalty": PPOPenalty}

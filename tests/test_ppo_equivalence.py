@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, NoisyExtractor, RandomEnv, make, with_rollout
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.training import first_order
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from torch.distributions import kl_divergence
 
 from sb3_trpo_ext import PPOClip
-from sb3_trpo_ext.sb3 import first_order
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
 
 
 def batch_of(model: Any) -> Batch:

@@ -12,6 +12,11 @@ import torch
 from envs import ACTION_SPACES, RandomEnv, make, with_rollout
 from hypothesis import given
 from hypothesis import strategies as st
+from sb3_trpo_ext.policy.distributions import GaussianFamily
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.training.base import UpdateRejectedError
+from sb3_trpo_ext.training.first_order import Ascent, PolicyDivergedError
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import make_proba_distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -19,11 +24,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_trpo_ext import PPOClip, PPOPenalty
 from sb3_trpo_ext.core.objectives import adapted_penalty, bounded_penalty, searched_penalty
 from sb3_trpo_ext.ppo_penalty import LARGEST_KL_COEF, SMALLEST_KL_COEF
-from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.distributions import GaussianFamily
-from sb3_trpo_ext.sb3.first_order import Ascent, PolicyDivergedError
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation
 
 
 @given(st.floats(1e-3, 1e3), st.floats(0, 10), st.floats(1e-4, 1))

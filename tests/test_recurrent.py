@@ -10,15 +10,15 @@ import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv, dense_fisher, make, with_rollout
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
+from sb3_trpo_ext.rollout.sequences import SequenceBatch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import minibatches, whole_rollout
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
-from sb3_trpo_ext.sb3.sequences import SequenceBatch
 
 KINDS: dict[str, dict[str, Any]] = {
     "separate": {},

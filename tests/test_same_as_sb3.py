@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
+from sb3_trpo_ext.rollout.sampling import CategoricalSampler
+from sb3_trpo_ext.rollout.watchers import looks
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -32,8 +34,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.sampling import CategoricalSampler
-from sb3_trpo_ext.sb3.watchers import looks
 
 VECTOR_DICT = spaces.Dict(
     {"position": spaces.Box(-1, 1, (2, 2)), "at": spaces.Discrete(5), "flags": spaces.MultiBinary(2)}

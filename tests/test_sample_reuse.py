@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from envs import make
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.training.natural_gradient import PolicyStep
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.advantages import trace_advantages
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
-from sb3_trpo_ext.sb3.natural_gradient import PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 
 class Watched(TRPO):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from envs import OBSERVATION_SPACES, RandomEnv, make
+from sb3_trpo_ext.critic.adam import AdamCritic
+from sb3_trpo_ext.training.first_order import FirstOrderAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.critic import AdamCritic
-from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gauss-newton": (

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.policy.problem import PolicyEvaluation
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
 from sb3_trpo_ext.core.conjugate_gradient import CGResult
 from sb3_trpo_ext.core.natural_step import Direction
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
 
 
 def log_of_one_update(**options: Any) -> dict[str, float]:

@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.critic.base import ValueFunction
+from sb3_trpo_ext.policy.problem import PolicyOutput
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.rollout.known_policies import owner_of
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
@@ -20,10 +24,6 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
 )
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import ValueFunction
-from sb3_trpo_ext.sb3.methods import owner_of
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput
 
 
 class Module(nn.Module):

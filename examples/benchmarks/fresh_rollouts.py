@@ -24,6 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sb3_trpo_ext.critic.base import Regression
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import Comparison, PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -32,10 +38,6 @@ from torch import Tensor
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.natural_step import natural_direction
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, Regression
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyProblem
 
 RESULTS = Path(__file__).parent / "results" / "fresh_rollouts.json"
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5")

@@ -7,14 +7,14 @@ import sb3_contrib
 import torch
 from envs import in_float64, make, with_rollout
 from sb3_contrib.common.utils import conjugate_gradient_solver
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from stable_baselines3.common.distributions import kl_divergence
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.natural_step import boundary_scale, natural_direction
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 STEPS = 300
 

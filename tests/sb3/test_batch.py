@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, POLICIES, RandomEnv, with_rollout
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import minibatches, policy_actions, whole_rollout
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import minibatches, policy_actions, whole_rollout
 
 FIELDS = {"old_log_prob": "old_log_prob", "advantages": "advantages", "returns": "returns", "old_values": "old_values"}
 

@@ -5,16 +5,17 @@ import torch
 from envs import SMALL, RandomEnv, in_float64, make, with_rollout
 from hypothesis import given
 from hypothesis import strategies as st
+from sb3_trpo_ext.critic.base import Regression, ValueFunction
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic, ValueProblem
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, Regression, ValueFunction, ValueProblem
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 
 def samples(size: int = 40, scale: float = 1.0) -> Batch:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from envs import make, with_rollout
+from sb3_trpo_ext.policy import memory_budget as device
+from sb3_trpo_ext.policy.memory_budget import affordable_samples
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from torch import nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.sb3 import device
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.device import affordable_samples
 
 PEAK = """
 import sys

@@ -12,15 +12,7 @@ from betas import BetaDistribution, BetaFamily
 from envs import ACTION_SPACES, in_float64, make
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from stable_baselines3.common import distributions as sb3
-from torch import Tensor, nn
-from torch.distributions import kl_divergence
-from torch.nn import functional as F
-
-from sb3_trpo_ext import TRPO, Family, register_family
-from sb3_trpo_ext.core.vectors import flatten, unflatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.distributions import (
+from sb3_trpo_ext.policy.distributions import (
     BernoulliFamily,
     CategoricalFamily,
     GaussianFamily,
@@ -28,7 +20,15 @@ from sb3_trpo_ext.sb3.distributions import (
     exp_remainder,
     family_of,
 )
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from stable_baselines3.common import distributions as sb3
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.nn import functional as F
+
+from sb3_trpo_ext import TRPO, Family, register_distribution
+from sb3_trpo_ext.core.vectors import flatten, unflatten
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 GSDE = {"gsde": {}, "gsde-expln": {"use_expln": True}, "gsde-squashed": {"squash_output": True}}
@@ -374,13 +374,13 @@ class Other(Family):
 
 def test_the_nearest_class_that_serves_is_taken() -> None:
     assert family_of(Derived()) is None
-    register_family(Base, lambda distribution: BetaFamily())
+    register_distribution(Base, lambda distribution: BetaFamily())
     assert isinstance(family_of(Derived()), BetaFamily)
-    register_family(Derived, lambda distribution: Other())
+    register_distribution(Derived, lambda distribution: Other())
     assert isinstance(family_of(Derived()), Other) and isinstance(family_of(Base()), BetaFamily)
-    register_family(Derived, lambda distribution: None)
+    register_distribution(Derived, lambda distribution: None)
     assert isinstance(family_of(Derived()), BetaFamily)
-    register_family(Base, lambda distribution: None)
+    register_distribution(Base, lambda distribution: None)
     assert family_of(Derived()) is None
 
 
@@ -397,4 +397,4 @@ def test_subclasses_of_sb3s_distributions_have_their_families() -> None:
 )
 def test_what_cannot_be_registered_is_refused(arguments: Any) -> None:
     with pytest.raises(TypeError, match=r"`(distribution_class|factory)` must"):
-        register_family(*arguments)
+        register_distribution(*arguments)

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer
 from torch import Tensor, nn
-
-from sb3_trpo_ext.sb3.optimizer import FlatOptimizer
 
 SHAPES = [(7, 5), (5,), (1, 3), (1,), (33,)]
 OPTIMIZERS: dict[str, Any] = {

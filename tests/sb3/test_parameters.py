@@ -55,8 +55,8 @@ def moved(model: Any, update: Callable[[], object]) -> set[str]:
 
 def moved_by_each(model: Any) -> tuple[set[str], set[str]]:
     """Parameters moved by the policy step alone, and by the critic's fit alone."""
-    from sb3_trpo_ext.sb3.batch import consistent_evaluation
-    from sb3_trpo_ext.sb3.buffers import whole_rollout
+    from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+    from sb3_trpo_ext.rollout.buffers import whole_rollout
 
     with_rollout(model)
     batch = whole_rollout(model.rollout_buffer, model.action_space)

@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, in_float64, make, with_rollout
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from test_distributions import GSDE, batch_of, model_of, torch_kl
 from torch import Tensor, nn
@@ -12,9 +16,6 @@ from torch import Tensor, nn
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
 
 
 class AttentionExtractor(BaseFeaturesExtractor):

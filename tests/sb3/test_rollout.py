@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from envs import RandomEnv, make
+from sb3_trpo_ext.rollout.env_copies import cheap_copies
+from sb3_trpo_ext.rollout.returns import estimate_advantages
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -17,8 +19,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext import TRPO, PPOClip
-from sb3_trpo_ext.sb3.rollout import estimate_advantages
-from sb3_trpo_ext.sb3.stepping import cheap_copies
 
 
 def hooked(model: Any) -> None:

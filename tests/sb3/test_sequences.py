@@ -8,18 +8,19 @@ import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, RandomEnv, in_float64, make, with_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sb3_trpo_ext.critic.base import Regression
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy import memory_budget as device
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.memory_budget import _saved_bytes, affordable_samples
+from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
+from sb3_trpo_ext.rollout.buffers import whole_rollout
+from sb3_trpo_ext.rollout.sequences import PADDED, SequenceBatch
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from sb3_trpo_ext import RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3 import device
-from sb3_trpo_ext.sb3.batch import consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, Regression
-from sb3_trpo_ext.sb3.device import _saved_bytes, affordable_samples
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput, PolicyProblem
-from sb3_trpo_ext.sb3.sequences import PADDED, SequenceBatch
 
 LENGTHS = st.lists(st.one_of(st.just(1), st.integers(1, 5), st.integers(6, 40)), min_size=1, max_size=25)
 SMALL_POLICY = {"lstm_hidden_size": 3, "net_arch": [4]}

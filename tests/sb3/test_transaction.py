@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-from sb3_trpo_ext.sb3.transaction import Atomic, Checkpoint
+from sb3_trpo_ext.training.transaction import Atomic, Checkpoint
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -17,6 +17,7 @@ from envs import make, with_rollout
 import sb3_trpo_ext
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
+from sb3_trpo_ext.policy import problem as policy_problem
 from sb3_trpo_ext.policy.problem import PolicyProblem
 
 PACKAGE = str(Path(sb3_trpo_ext.__file__).parent)
@@ -207,7 +208,7 @@ def test_an_exception_inside_the_policy(arm: str, method: str) -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda self, *args, **kwargs: change(original(self, *args, **kwargs)))
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
 NAN = float("nan")
@@ -216,8 +217,8 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("owner", "name", "change", "words"),
     [
-        (PolicyProblem, "gradients", lambda g: {p: v * NAN for p, v in g.items()}, "gradient of the surrogate"),
-        (PolicyProblem, "gradients", lambda g: {p: v * 0 for p, v in g.items()}, "zero right-hand side"),
+        (policy_problem, "gradient", lambda g: {p: v * NAN for p, v in g.items()}, "gradient of the surrogate"),
+        (policy_problem, "gradient", lambda g: {p: v * 0 for p, v in g.items()}, "zero right-hand side"),
         (GaussNewtonProduct, "__call__", lambda product: product * NAN, "non-finite curvature"),
         (GaussNewtonProduct, "__call__", lambda product: -product, "non-positive curvature"),
     ],

@@ -113,9 +113,9 @@ def test_the_sampled_fisher_matrix_is_that_of_the_scores(chunk_size: int | None)
     batch = whole_rollout(model.rollout_buffer, model.action_space)
     with consistent_evaluation(model.policy):
         problem = PolicyProblem(model.policy, batch, chunk_size=chunk_size)
-        params = list(problem.gradients())
+        params = problem.params
         assert problem.start.divergence == problem.start.kl_max == 0
-        product = problem.fisher(params, damping=0.0)
+        product = problem.fisher(damping=0.0)
         log_prob = model.policy.get_distribution(batch.observations).log_prob(batch.actions)
         rows = [flatten(torch.autograd.grad(each, params, retain_graph=True)) for each in log_prob]
     scores = torch.stack(rows)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import sb3_contrib
 import stable_baselines3
-from envs import OBSERVATION_SPACES, make
-from stable_baselines3.common.utils import LinearSchedule
+from envs import OBSERVATION_SPACES, RandomEnv, make, policy_name
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
-from sb3_trpo_ext import TRPO, PPOClip
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, RecurrentNPG, RecurrentTRPO
 from sb3_trpo_ext.critic.adam import AdamCritic
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.training.natural_gradient import ADAM_DEFAULTS, NaturalGradientAlgorithm
@@ -142,17 +142,25 @@ def test_what_was_tuned_for_contribs_critic_keeps_its_meaning(
     options: dict[str, Any], kind: type, tmp_path: Any
 ) -> None:
     model = make(TRPO, **options)
-    assert type(model._make_critic()) is kind
+    assert type(model.value_critic) is kind
     model.save(tmp_path / "model")
-    assert type(TRPO.load(tmp_path / "model", device="cpu")._make_critic()) is kind
+    assert type(TRPO.load(tmp_path / "model", device="cpu").value_critic) is kind
 
 
-def test_trpos_defaults_are_those_of_the_other_natural_gradient_methods() -> None:
-    shared = inspect.signature(NaturalGradientAlgorithm.__init__).parameters
-    ours = inspect.signature(TRPO).parameters
-    names = set(shared) & set(ours) - {"self", "policy", "env"}
+@pytest.mark.parametrize("algorithm", [NPG, RecurrentNPG, RecurrentTRPO, MaskableTRPO])
+def test_trpos_defaults_are_those_of_the_other_natural_gradient_methods(algorithm: Any) -> None:
+    """By what a model becomes without arguments, wherever in its classes a default stands."""
+    policy = policy_name(algorithm, "vector")
+    trpo, other = TRPO("MlpPolicy", RandomEnv(), device="cpu"), algorithm(policy, RandomEnv(), device="cpu")
+    arguments = {*inspect.signature(TRPO).parameters, *inspect.signature(NaturalGradientAlgorithm).parameters}
+    names = (arguments & set(vars(trpo)) & set(vars(other))) - {"policy", "env", "rollout_buffer_class"}
     assert len(names) > 25
-    assert {name: ours[name].default for name in names} == {name: shared[name].default for name in names}
+
+    def comparable(value: Any) -> Any:
+        return value(0.5) if isinstance(value, FloatSchedule) else value
+
+    ours, theirs = ({name: comparable(vars(model)[name]) for name in names} for model in (trpo, other))
+    assert ours == theirs
 
 
 def test_the_adam_critics_defaults_are_contribs() -> None:

@@ -15,6 +15,7 @@ from envs import make
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -66,7 +67,7 @@ def test_nothing_of_a_model_outlives_it_after_a_failure_and_a_file(
     model.save(tmp_path / "model")
     loaded = TRPO.load(tmp_path / "model", env=model.env).learn(64)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TRPO, "_make_critic", interrupted)
+        patch.setattr(GaussNewtonCritic, "fit", interrupted)
         loaded.learn(64)
     references = remains(model) + remains(loaded)
     del model, loaded

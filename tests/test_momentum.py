@@ -10,7 +10,10 @@ from envs import make, with_rollout
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
-from sb3_trpo_ext.core.natural_step import Acceptance, StepAlong, Trial
+from sb3_trpo_ext.core.natural_step import Acceptance, Evaluation, Step
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.training import natural_gradient
 from sb3_trpo_ext.training.natural_gradient import PolicyStep
 
 MU = 0.6
@@ -23,16 +26,15 @@ class Watched(TRPO):
     vectors: list[Tensor]
     reject: set[int]
 
-    def _ascend(self, gradient: Tensor, step_along: StepAlong) -> PolicyStep:
-        self.gradients.append(gradient.clone())
+    def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
+        self.gradients.append(problem.gradient.clone())
+        return super()._policy_step(problem)
 
-        def watched(vector: Tensor, *, whole: bool = False) -> PolicyStep:
-            self.vectors.append(vector.clone())
-            if len(self.vectors) in self.reject:
-                return PolicyStep({}, None, reason="told to")  # type: ignore[arg-type]  # never looked at
-            return step_along(vector, whole=whole)
-
-        return super()._ascend(gradient, watched)
+    def _step_along(self, problem: PolicyProblem, vector: Tensor, most_trials: int) -> PolicyStep:
+        self.vectors.append(vector.clone())
+        if len(self.vectors) in self.reject:
+            return Step(problem.start, reason="told to")
+        return super()._step_along(problem, vector, most_trials)
 
 
 def watched(updates: int, reject: set[int] | None = None, **options: Any) -> Watched:
@@ -61,17 +63,15 @@ def test_what_is_ascended_is_the_heavy_ball(action: str) -> None:
 
 def test_the_direction_is_the_fisher_solution_of_the_heavy_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[tuple[Any, Tensor, Tensor]] = []
-    from sb3_trpo_ext.training import natural_gradient
+    solve = natural_gradient.natural_direction
 
-    solve = natural_gradient.conjugate_gradient
-
-    def recorded(fisher: Any, vector: Tensor, **options: Any) -> Any:
-        solution = solve(fisher, vector, **options)
+    def recorded(fisher: Any, problem: Any, vector: Tensor, **options: Any) -> Any:
+        direction = solve(fisher, problem, vector, **options)
         dense = torch.stack([fisher(unit) for unit in torch.eye(len(vector))])
-        solved.append((dense, vector, solution.solution))
-        return solution
+        solved.append((dense, vector, direction.x))
+        return direction
 
-    monkeypatch.setattr(natural_gradient, "conjugate_gradient", recorded)
+    monkeypatch.setattr(natural_gradient, "natural_direction", recorded)
     model = watched(2, action="box", policy_kwargs={"net_arch": [4]}, cg_max_steps=200, cg_residual_tol=1e-6)
     dense, vector, solution = solved[1]
     equal(vector, model.gradients[1] + MU * model.gradients[0])
@@ -92,8 +92,8 @@ def test_a_rejected_step_falls_back_on_the_plain_direction_and_forgets() -> None
 def test_a_fraction_of_the_heavy_ball_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     rejection = Acceptance.rejection
 
-    def not_whole(self: Acceptance, trial: Trial, fraction: float) -> str:
-        return "too far" if fraction == 1.0 else rejection(self, trial, fraction)
+    def not_whole(self: Acceptance, evaluation: Evaluation, fraction: float) -> str:
+        return "too far" if fraction == 1.0 else rejection(self, evaluation, fraction)
 
     monkeypatch.setattr(Acceptance, "rejection", not_whole)
     model = watched(2)
@@ -102,9 +102,8 @@ def test_a_fraction_of_the_heavy_ball_is_not_taken(monkeypatch: pytest.MonkeyPat
     equal(model.vectors[-1], model.gradients[-1])
 
 
-def test_nothing_is_remembered_of_a_step_that_was_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_remembered_of_a_step_that_was_not_taken() -> None:
     model = watched(1)
-    monkeypatch.setattr(Watched, "_ascend", TRPO._ascend)
     model.line_search_accept_ratio = 1 - 1e-12
     model.line_search_max_iter = 1
     before = [parameter.clone() for parameter in model.policy.parameters()]
@@ -126,7 +125,7 @@ def test_an_update_that_is_undone_is_not_remembered(monkeypatch: pytest.MonkeyPa
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TRPO, "_make_critic", interrupted)
+    monkeypatch.setattr(GaussNewtonCritic, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.train()
     assert model.gradient_memory is memory

@@ -113,7 +113,7 @@ def test_the_exact_kl_is_the_same_whether_coordinates_or_parameters_of_the_old_p
         for largest in (first_order.OLD_Z_BYTES, 0):
             monkeypatch.setattr(first_order, "OLD_Z_BYTES", largest)
             model = with_rollout(make(PPOClip, action, observation, batch_size=8, n_epochs=2, **options))
-            assert isinstance(model._problem(batch_of(model)), first_order.PolicyProblem) == bool(largest)
+            assert isinstance(model._problem(batch_of(model)), first_order.Comparison) == bool(largest)
             monkeypatch.setattr(first_order, "KL_CHUNK_SIZE", 32 if largest else 8)
             np.random.seed(0)
             torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_the_exact_kl_is_the_same_whether_coordinates_or_parameters_of_the_old_p
 
 def test_a_policy_that_is_not_finite_has_no_finite_kl_by_either_way() -> None:
     model = with_rollout(make(PPOClip, "box", batch_size=8))
-    problem = first_order.RecomputedProblem(model.policy, batch_of(model), 8)
+    problem = first_order.RecomputedComparison(model.policy, batch_of(model), 8)
     assert problem.evaluate().divergence == problem.evaluate().kl_max == 0
     model.policy.log_std.data[:] = math.inf
     found = problem.evaluate()

@@ -19,7 +19,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_trpo_ext import PPOClip, PPOPenalty
 from sb3_trpo_ext.core.objectives import adapted_penalty, bounded_penalty, searched_penalty
 from sb3_trpo_ext.policy.distributions import GaussianFamily
-from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation
 from sb3_trpo_ext.ppo_penalty import LARGEST_KL_COEF, SMALLEST_KL_COEF
 from sb3_trpo_ext.rollout.buffers import whole_rollout
 from sb3_trpo_ext.training.base import UpdateRejectedError
@@ -47,8 +47,7 @@ def exact_kl(old: Any, new: Any, batch: Any) -> torch.Tensor:
 def test_the_loss_is_the_papers(action: str) -> None:
     model = with_rollout(make(PPOPenalty, action, batch_size=32, kl_coef=2.5))
     batch = whole_rollout(model.rollout_buffer, model.action_space)
-    old, problem = copy.deepcopy(model.policy), PolicyProblem(model.policy, batch)
-    problem.evaluate()
+    old, problem = copy.deepcopy(model.policy), Comparison(model.policy, batch)
     part = model._prepared(batch, problem)[torch.randperm(len(batch))]
     with torch.no_grad():
         for param in model.policy.parameters():

@@ -15,7 +15,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.problem import PolicyOutput, PolicyProblem
 from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
@@ -106,11 +105,9 @@ def test_a_padded_batch_equals_the_same_batch_unpadded(action: str, observation:
     with consistent_evaluation(model.policy):
         for chunks in (None, 1):
             problem = PolicyProblem(model.policy, batch, ent_coef=0.1, chunk_size=chunks)
-            gradients = problem.gradients()
-            params = list(gradients)
-            product = problem.fisher(params, 0.1)(torch.ones(sum(p.numel() for p in params)))
+            product = problem.fisher(0.1)(torch.ones(len(problem.gradient)))
             assert problem.start.divergence == problem.start.kl_max == 0
-            results.append((flatten(list(gradients.values())), product, torch.tensor(problem.start.objective)))
+            results.append((problem.gradient, product, torch.tensor(problem.start.objective)))
     for padded, unpadded in zip(*results, strict=True):
         assert torch.linalg.vector_norm(padded - unpadded) <= 1e-4 * torch.linalg.vector_norm(unpadded)
 
@@ -123,7 +120,7 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     behind = torch.ones(len(grid.rows), dtype=torch.bool)
     behind[grid.kept] = False
     vars(other)["_grid"] = replace(grid, rows=torch.where(behind, 0, grid.rows))
-    results = [PolicyProblem(model.policy, each).gradients() for each in (batch, other)]
+    results = [PolicyProblem(model.policy, each).gradients for each in (batch, other)]
     for param, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][param])
 
@@ -141,8 +138,8 @@ def test_fisher_products_against_the_hessian_of_the_kl(kind: str) -> None:
     batch = replace(batch, **doubled, states=tuple(state.double() for state in batch.states))
     model.policy.features_extractor.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
     with consistent_evaluation(model.policy):
-        params = list(PolicyProblem(model.policy, batch).gradients())
-        fisher = PolicyProblem(model.policy, batch).fisher(params, 0.0)
+        params = PolicyProblem(model.policy, batch).params
+        fisher = PolicyProblem(model.policy, batch).fisher(0.0)
         ours = torch.stack([fisher(row) for row in torch.eye(sum(p.numel() for p in params), dtype=torch.float64)])
         torch.testing.assert_close(ours, dense_fisher(model.policy, batch, params))
 
@@ -151,8 +148,8 @@ def test_float32_products_agree_with_the_hessian() -> None:
     model = collected(policy_kwargs={"lstm_hidden_size": 3, "net_arch": [3]})
     batch = batch_of(model)
     with consistent_evaluation(model.policy):
-        params = list(PolicyProblem(model.policy, batch).gradients())
-        fisher = PolicyProblem(model.policy, batch).fisher(params, 0.0)
+        params = PolicyProblem(model.policy, batch).params
+        fisher = PolicyProblem(model.policy, batch).fisher(0.0)
         ours = torch.stack([fisher(row) for row in torch.eye(sum(p.numel() for p in params))])
         torch.testing.assert_close(ours, dense_fisher(model.policy, batch, params), rtol=1e-3, atol=1e-5)
 

@@ -11,6 +11,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.core.advantages import trace_advantages
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.training.natural_gradient import PolicyStep
 
@@ -21,8 +23,8 @@ class Watched(TRPO):
     seen: list[Batch]
     collected: list[dict[str, Any]]
 
-    def _policy_step(self, batch: Batch, chunk_size: int | None = None) -> PolicyStep:
-        self.seen.append(batch)
+    def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
+        self.seen.append(problem.batch)
         buffer = self.rollout_buffer
         self.collected.append(
             {
@@ -35,7 +37,7 @@ class Watched(TRPO):
                 "policy": {name: value.clone() for name, value in self.policy.state_dict().items()},
             }
         )
-        return super()._policy_step(batch, chunk_size)
+        return super()._policy_step(problem)
 
 
 def watched(rollouts: int, **options: Any) -> Watched:
@@ -110,7 +112,7 @@ def test_an_update_that_is_undone_keeps_no_rollout(monkeypatch: pytest.MonkeyPat
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TRPO, "_make_critic", interrupted)
+    monkeypatch.setattr(GaussNewtonCritic, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.learn(32, reset_num_timesteps=False)
     assert model._past_rollouts is kept

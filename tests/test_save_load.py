@@ -123,7 +123,7 @@ def test_the_optimiser_comes_back(model: Any, tmp_path: Path) -> None:
     loaded = type(model).load(tmp_path / "model", device="cpu")
     mine, theirs = (each.policy.optimizer.state_dict()["state"] for each in (loaded, model))
     assert mine.keys() == theirs.keys()
-    assert bool(mine) == (isinstance(model, FirstOrderAlgorithm) or isinstance(model._make_critic(), AdamCritic))
+    assert bool(mine) == (isinstance(model, FirstOrderAlgorithm) or isinstance(model.value_critic, AdamCritic))
     assert all(torch.equal(mine[i][key], value) for i in theirs for key, value in theirs[i].items())
 
 

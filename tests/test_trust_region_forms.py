@@ -9,6 +9,8 @@ from envs import make, with_rollout
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
+from sb3_trpo_ext.core.conjugate_gradient import CGResult
+from sb3_trpo_ext.core.natural_step import Direction
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.policy.problem import PolicyEvaluation
 
@@ -46,21 +48,24 @@ class Line:
 
     max_advantage = 1.0
     start = PolicyEvaluation(0.0, 0.0, 0.0, 0.0)
-    distance = 0.0
 
-    def go_to(self, distance: float) -> None:
-        self.distance = distance
+    def __init__(self) -> None:
+        self.params, self.theta_old, self.gradient = [torch.zeros(1)], torch.zeros(1), torch.ones(1)
 
     def evaluate(self) -> PolicyEvaluation:
-        return PolicyEvaluation(self.distance, 0.01 * self.distance**2, self.distance**2, 0.0)
+        distance = float(self.params[0])
+        return PolicyEvaluation(distance, 0.01 * distance**2, distance**2, 0.0)
 
 
 def test_the_line_search_keeps_the_penalised_objective_rising() -> None:
     line: Any = Line()
-    line.slope, line.curvature, line.whole = 1.0, 0.5, False
-    move = make(TRPO, kl_penalty=2.0)._move(line, line)  # d - 2 d² > 0 only below 0.5
-    assert move.step_size == 1.0
-    np.testing.assert_allclose(move.fraction, 0.8**4)
+    cg = CGResult(torch.ones(1), 1, 0.0, 0.5, "converged")
+    model = make(TRPO, kl_penalty=2.0)
+    model._direction = lambda problem, vector: Direction(vector, torch.ones(1), 1.0, 0.5, 0.5, cg)
+    step = model._step_along(line, line.gradient, most_trials=10)  # d - 2 d² > 0 only below 0.5
+    assert step.size == 1.0
+    np.testing.assert_allclose(step.fraction, 0.8**4)
+    np.testing.assert_allclose(float(line.params[0]), 0.8**4, rtol=1e-6)
 
 
 def test_the_theoretical_penalty_is_thousands_of_times_shorter() -> None:

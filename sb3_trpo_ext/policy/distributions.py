@@ -336,7 +336,7 @@ def exp_remainder(y: Tensor) -> Tensor:
 class _ExpRemainder(torch.autograd.Function):
     """Its derivative is e^y - 1, which the branches of the forward pass need not be asked for."""
 
-    SMALL = 2.0**-6
+    SMALL = 2.0**-5
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

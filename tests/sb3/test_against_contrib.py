@@ -11,9 +11,7 @@ from stable_baselines3.common.distributions import kl_divergence
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.natural_step import boundary_scale
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.natural_step import boundary_scale, natural_direction
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import whole_rollout
@@ -27,11 +25,9 @@ def doubled(batch: Batch) -> Batch:
 
 def our_step(model: Any, batch: Batch) -> Tensor:
     problem = PolicyProblem(model.policy, batch)
-    gradients = problem.gradients()
-    params, g = list(gradients), flatten(list(gradients.values()))
-    fisher = problem.fisher(params, model.cg_damping * model._action_dimensions())
-    solution = conjugate_gradient(fisher, g, max_steps=STEPS, residual_tol=1e-14)
-    return boundary_scale(solution.curvature, model.trust_region_radius()) * solution.solution
+    fisher = problem.fisher(model.cg_damping * model._action_dimensions())
+    direction = natural_direction(fisher, problem, max_steps=STEPS, residual_tol=1e-14)
+    return boundary_scale(direction.curvature, model.trust_region_radius()) * direction.x
 
 
 def their_step(model: Any, batch: Batch) -> Tensor:

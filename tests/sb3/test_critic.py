@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from envs import SMALL, RandomEnv, in_float64, make, with_rollout
@@ -12,14 +11,14 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.critic.base import ValueFunction
+from sb3_trpo_ext.critic.base import Regression, ValueFunction
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic, ValueProblem
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 
-def regression(size: int = 40, scale: float = 1.0) -> Batch:
+def samples(size: int = 40, scale: float = 1.0) -> Batch:
     """Random observations with random returns, in float64."""
     observations = torch.randn(size, 5, dtype=torch.float64)
     returns = scale * torch.randn(size, dtype=torch.float64)
@@ -28,14 +27,14 @@ def regression(size: int = 40, scale: float = 1.0) -> Batch:
 
 
 def mean_squared_error(model: Any, batch: Batch) -> float:
-    return -2 * ValueProblem(ValueFunction(model.policy, batch, frozenset(), None)).evaluate().objective
+    return 2 * ValueProblem(ValueFunction(Regression(model.policy, batch)), [batch]).start.loss
 
 
 def test_a_linear_critic_reaches_the_least_squares_solution_in_one_step() -> None:
     model = in_float64(make(TRPO, policy_kwargs={"net_arch": []}))
-    batch = regression()
+    batch = samples()
     critic = GaussNewtonCritic(damping=1e-12, cg_steps=50, n_steps=1)
-    error = critic.fit(model.policy, batch, frozenset())
+    error = critic.fit(Regression(model.policy, batch))
     design = torch.cat([batch.observations, torch.ones(len(batch), 1, dtype=torch.float64)], dim=1)
     solution = torch.linalg.lstsq(design, batch.returns.unsqueeze(1)).solution
     ours = torch.cat([model.policy.value_net.weight.T, model.policy.value_net.bias.unsqueeze(1)])
@@ -47,9 +46,9 @@ def test_a_linear_critic_reaches_the_least_squares_solution_in_one_step() -> Non
 def test_the_loss_never_rises_whatever_the_scale_of_the_returns(seed: int, scale: float, damping: float) -> None:
     torch.manual_seed(seed)
     model = in_float64(make(TRPO, policy_kwargs={"net_arch": [4]}, n_steps=2))
-    batch = regression(scale=scale)
+    batch = samples(scale=scale)
     before = mean_squared_error(model, batch)
-    after = GaussNewtonCritic(damping=damping).fit(model.policy, batch, frozenset())
+    after = GaussNewtonCritic(damping=damping).fit(Regression(model.policy, batch))
     assert after == pytest.approx(mean_squared_error(model, batch))
     assert after < before
 
@@ -58,16 +57,16 @@ def test_chunks_change_nothing() -> None:
     results = []
     for chunk_size in (None, 7):
         torch.manual_seed(0)
-        model, batch = in_float64(make(TRPO)), regression()
-        GaussNewtonCritic(chunk_size=chunk_size).fit(model.policy, batch, frozenset())
+        model, batch = in_float64(make(TRPO)), samples()
+        GaussNewtonCritic().fit(Regression(model.policy, batch, chunk_size=chunk_size))
         results.append(model.policy.predict_values(batch.observations).detach())
     torch.testing.assert_close(*results)
 
 
 def test_returns_that_are_not_finite_move_nothing() -> None:
-    model, batch = in_float64(make(TRPO)), regression(scale=float("nan"))
+    model, batch = in_float64(make(TRPO)), samples(scale=float("nan"))
     before = [param.detach().clone() for param in model.policy.parameters()]
-    GaussNewtonCritic().fit(model.policy, batch, frozenset())
+    GaussNewtonCritic().fit(Regression(model.policy, batch))
     assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
 
 
@@ -121,10 +120,10 @@ def samples_seen(critic: str, shared: bool, **options: Any) -> int:
     with_rollout(model)
     batch = whole_rollout(model.rollout_buffer, model.action_space)
     policy = model.policy
-    actor = frozenset(PolicyProblem(policy, batch).gradients())
+    actor = frozenset(PolicyProblem(policy, batch).gradients)
     before = [param.detach().clone() for param in policy.parameters()]
     CountedExtractor.seen = 0
-    model._make_critic().fit(policy, batch, actor)
+    model.value_critic.fit(model._regression(batch, actor))
     seen = CountedExtractor.seen
     for param, start in zip(policy.parameters(), before, strict=True):
         assert torch.equal(param, start) == (param in actor)
@@ -156,20 +155,37 @@ def test_a_value_function_of_the_policys_own_is_fitted(critic: str) -> None:
     model = TRPO(DoublingPolicy, RandomEnv(), critic=critic, batch_size=8, **SMALL)
     with_rollout(model)
     batch = whole_rollout(model.rollout_buffer, model.action_space)
-    error = model._make_critic().fit(model.policy, batch, frozenset(model.policy.action_net.parameters()))
+    error = model.value_critic.fit(model._regression(batch, frozenset(model.policy.action_net.parameters())))
     if critic == "gauss_newton":
         values = model.policy.predict_values(batch.inputs).flatten()
         assert error == pytest.approx(float((values - batch.returns).square().mean()), rel=1e-4)
 
 
 def test_curvature_from_a_subset_is_that_of_the_subset() -> None:
-    model, batch = in_float64(make(TRPO)), regression(60)
-    values = ValueFunction(model.policy, batch, frozenset(), None)
-    np.random.seed(2)
-    problem = ValueProblem(values, curvature_samples=20)
-    problem.evaluate()
-    params = list(problem.descent_direction())
-    np.random.seed(2)
-    whole = ValueProblem(ValueFunction(model.policy, values.batch.subset(20), frozenset(), None))
-    vector = torch.randn(sum(param.numel() for param in params), dtype=torch.float64)
-    torch.testing.assert_close(problem.curvature(params, 0.1)(vector), whole.curvature(params, 0.1)(vector))
+    model, batch = in_float64(make(TRPO)), samples(60)
+    values = ValueFunction(Regression(model.policy, batch))
+    subset = values.batch.subset(20)
+    thinned, alone = ValueProblem(values, [values.batch], [subset]), ValueProblem(values, [subset])
+    assert thinned.start.loss == pytest.approx(0.5 * mean_squared_error(model, batch))
+    vector = torch.randn_like(thinned.gradient)
+    torch.testing.assert_close(thinned.curvature(0.1)(vector), alone.curvature(0.1)(vector))
+
+
+@pytest.mark.parametrize(
+    ("own", "models", "expected"), [("auto", 20, 20), ("auto", None, 60), (10, 20, 10), (None, 20, 60)]
+)
+def test_the_curvature_sees_as_many_samples_as_were_asked_for(own: Any, models: int | None, expected: int) -> None:
+    sizes = []
+
+    class Counted(Batch):
+        """Notes the sizes of its random subsets."""
+
+        def subset(self, size: int) -> Batch:
+            part = super().subset(size)
+            sizes.append(len(part))
+            return part
+
+    model = in_float64(make(TRPO))
+    batch = Counted(**vars(samples(60)))
+    GaussNewtonCritic(curvature_samples=own).fit(Regression(model.policy, batch, curvature_samples=models))
+    assert (sizes or [60]) == [expected]

@@ -76,7 +76,9 @@ def test_auto_is_the_chunk_that_the_budget_allows(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device, "MEMORY_BUDGET", 200_000)
     sizes: list[int | None] = []
     step = TRPO._policy_step
-    monkeypatch.setattr(TRPO, "_policy_step", lambda self, batch, size: sizes.append(size) or step(self, batch, size))
+    monkeypatch.setattr(
+        TRPO, "_policy_step", lambda self, problem: sizes.append(problem._chunk_size) or step(self, problem)
+    )
     automatic = make(TRPO, "box", "image").learn(32).policy
     assert sizes[0] is not None
     assert 1 <= sizes[0] < 32

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from betas import BetaDistribution, BetaFamily
 from envs import ACTION_SPACES, in_float64, make
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common import distributions as sb3
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def test_fisher_product_is_the_hessian_of_the_kl(kind: str) -> None:
     model = model_of(kind)
     batch = batch_of(model)
     problem = PolicyProblem(model.policy, batch)
-    params = list(problem.gradients())
+    params = problem.params
     names = [name for name, param in model.policy.named_parameters() if any(param is p for p in params)]
     distribution = model.policy.get_distribution(batch.observations)
     family = family_of(distribution)
@@ -110,7 +110,7 @@ def test_fisher_product_is_the_hessian_of_the_kl(kind: str) -> None:
 
     theta = flatten(params).detach()
     dense = torch.autograd.functional.hessian(mean_kl, theta)
-    product = problem.fisher(params, damping=0.0)
+    product = problem.fisher(damping=0.0)
     matrix = torch.stack([product(row) for row in torch.eye(len(theta), dtype=torch.float64)])
     torch.testing.assert_close(matrix, dense, rtol=1e-6, atol=1e-9)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-9
@@ -210,6 +210,7 @@ def test_kl_has_the_right_gradient_in_float32(kind: str, seed: int, spread: floa
     sign=st.sampled_from([-1.0, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(exponent=-1.765625, sign=-1.0, dtype=torch.float32)  # e^y - 1 less y has too few digits there
 def test_the_remainder_of_the_exponential_keeps_its_digits(exponent: float, sign: float, dtype: torch.dtype) -> None:
     y = torch.tensor(sign * 10.0**exponent, dtype=dtype, requires_grad=True)
     with localcontext() as context:

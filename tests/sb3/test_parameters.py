@@ -62,8 +62,10 @@ def moved_by_each(model: Any) -> tuple[set[str], set[str]]:
     batch = whole_rollout(model.rollout_buffer, model.action_space)
     steps = []
     with consistent_evaluation(model.policy):
-        actor = moved(model, lambda: steps.append(model._policy_step(batch.with_normalized_advantages())))
-        critic = moved(model, lambda: model._make_critic().fit(model.policy, batch, steps[0].actor))
+        problem = model._problem(batch)
+        actor = moved(model, lambda: steps.append(model._policy_step(problem)))
+        regression = model._regression(batch, frozenset(problem.gradients))
+        critic = moved(model, lambda: model.value_critic.fit(regression))
     assert not steps[0].reason
     return actor, critic
 

@@ -21,7 +21,7 @@ Both are paired with their reference, over all ages, with the 95 % Student-t int
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,9 @@ def value_name(setting: dict[str, Any]) -> str:
 
 
 def merged(batches: list[Batch]) -> Batch:
-    """Several rollouts as one batch."""
-    names = [name for name, value in vars(batches[0]).items() if value is not None]
-    columns = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in names}
-    return Batch(**columns | {"weights": columns["weights"] / len(batches)})
+    """Several rollouts as one batch, a copy."""
+    joined = Batch.joined(batches)
+    return replace(joined, **{**joined.rows(torch.clone), "weights": joined.weights / len(batches)})
 
 
 def rollout(model: Any) -> Batch:

@@ -11,8 +11,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.buffers import minibatches, policy_actions, whole_rollout
+from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
 
 FIELDS = {"old_log_prob": "old_log_prob", "advantages": "advantages", "returns": "returns", "old_values": "old_values"}
 
@@ -34,7 +35,7 @@ def tensors(observations: Any) -> list[Tensor]:
 def assert_same(part: Batch, data: Any, action_space: Any) -> None:
     for mine, theirs in zip(tensors(part.observations), tensors(data.observations), strict=True):
         assert torch.equal(mine, theirs)
-    assert torch.equal(part.actions, policy_actions(data.actions, action_space))
+    assert torch.equal(part.actions, kind_of(action_space).as_taken(data.actions))
     for name, theirs in FIELDS.items():
         assert torch.equal(getattr(part, name), getattr(data, theirs).flatten()), name
 

@@ -149,10 +149,12 @@ def test_a_frozen_actor_is_not_mistaken_for_one(algorithm: Any) -> None:
 
 
 def test_the_log_says_that_the_divergence_is_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    model_of(TRPO, BetaDistribution, verbose=1)
-    assert "No KL divergence is registered for BetaDistribution" in capsys.readouterr().out
-    model_of(TRPO, RegisteredBeta, verbose=1)
-    assert "No KL divergence" not in capsys.readouterr().out
+    model_of(TRPO, BetaDistribution, verbose=1).learn(96)
+    printed = capsys.readouterr().out
+    assert printed.count("KL divergence is estimated from the actions that were taken") == 1
+    assert "none is registered for BetaDistribution" in printed
+    model_of(TRPO, RegisteredBeta, verbose=1).learn(96)
+    assert "KL divergence is estimated" not in capsys.readouterr().out
 
 
 def test_a_subclass_that_is_no_gaussian_is_not_taken_for_one() -> None:

@@ -113,7 +113,7 @@ def test_the_exact_kl_is_the_same_whether_coordinates_or_parameters_of_the_old_p
         for largest in (first_order.OLD_Z_BYTES, 0):
             monkeypatch.setattr(first_order, "OLD_Z_BYTES", largest)
             model = with_rollout(make(PPOClip, action, observation, batch_size=8, n_epochs=2, **options))
-            assert isinstance(model._problem(batch_of(model)), first_order.Comparison) == bool(largest)
+            assert isinstance(model._comparison(batch_of(model)), first_order.Comparison) == bool(largest)
             monkeypatch.setattr(first_order, "KL_CHUNK_SIZE", 32 if largest else 8)
             np.random.seed(0)
             torch.manual_seed(0)
@@ -141,6 +141,6 @@ def test_chunks_follow_what_a_sample_costs() -> None:
     for width in (8, 4096):
         options: dict[str, Any] = {"batch_size": 8, "policy_kwargs": {"net_arch": [width]}}
         model = with_rollout(make(PPOClip, n_steps=256, **options))
-        sizes.append(model._problem(batch_of(model))._chunk_size)
+        sizes.append(model._comparison(batch_of(model))._chunk_size)
     assert sizes[0] == first_order.KL_CHUNK_SIZE
     assert 8 <= sizes[1] < 256

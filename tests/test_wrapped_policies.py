@@ -20,7 +20,7 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
 )
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.critic.base import ValueFunction
+from sb3_trpo_ext.critic.base import Regression, ValueFunction
 from sb3_trpo_ext.policy.problem import PolicyOutput
 from sb3_trpo_ext.rollout.buffers import whole_rollout
 from sb3_trpo_ext.rollout.known_policies import owner_of
@@ -102,7 +102,7 @@ def test_a_wrapper_with_a_value_of_its_own_is_asked_for_it(critic: str) -> None:
     model.policy = Doubled(model.policy)
     with_rollout(model)
     batch = whole_rollout(model.rollout_buffer, model.action_space)
-    values = ValueFunction(model.policy, batch, frozenset(), None)
+    values = ValueFunction(Regression(model.policy, batch))
     torch.testing.assert_close(values(values.batch), 2 * model.policy.module.predict_values(batch.inputs).flatten())
     model.train()
 

@@ -151,7 +151,7 @@ SAVED_BY_0_1 = {
 @pytest.mark.parametrize("name", SAVED_BY_0_1)
 def test_models_that_version_0_1_saved_go_on(name: str) -> None:
     algorithm, action = SAVED_BY_0_1[name]
-    model = algorithm.load(Path(__file__).parent / "data" / name, env=make(algorithm, action).env, device="cpu")
+    model = algorithm.load(Path(__file__).parent.parent / "data" / name, env=make(algorithm, action).env, device="cpu")
     before = [param.clone() for param in model.policy.parameters()]
     model.learn(64, reset_num_timesteps=False)
     assert model.num_timesteps == 128

@@ -1,4 +1,4 @@
-"""What is built from a checkout: a wheel of the package alone, and a source distribution with all that its tests need."""
+"""What is built from a checkout: a wheel of the package alone, and a source distribution with tests and examples."""
 
 import re
 import subprocess
@@ -50,7 +50,8 @@ def test_the_wheel_is_imported_where_it_is_installed(built: Path, tmp_path: Path
 
 
 def test_the_source_distribution_has_tests_and_examples_whole(built: Path) -> None:
-    names = {name.split("/", 1)[1] for name in tarfile.open(next(built.glob("*.tar.gz"))).getnames()}
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
     for folder in ("sb3_trpo_ext", "tests", "examples"):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")} <= names
     assert {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"} <= names
@@ -61,9 +62,10 @@ def test_the_changelog_knows_the_version() -> None:
     assert f"## [{sb3_trpo_ext.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "examples").rglob("*.md")), ids=lambda p: p.name
-)
-def test_what_is_linked_is_there(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_is_linked_is_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target

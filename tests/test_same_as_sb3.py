@@ -170,29 +170,33 @@ class Writer(BaseCallback):
 
 def differences(ours: Any, theirs: Any, path: str = "", *, tolerance: float = 0.0) -> list[str]:
     """Where two values differ in type, dtype or shape, or by more than a tolerance."""
-    different = [f"{path}: {ours!r} and {theirs!r}"]
-    if type(ours) is not type(theirs):
-        return different
-    if isinstance(ours, Tensor):
-        if (ours.dtype, ours.requires_grad) != (theirs.dtype, theirs.requires_grad):
-            return different
-        ours, theirs = ours.detach().numpy(), theirs.detach().numpy()
-    if isinstance(ours, (np.ndarray, np.generic)):
-        alike = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        floating = np.issubdtype(ours.dtype, np.floating) and tolerance
-        near = alike and (np.allclose(ours, theirs, tolerance, tolerance) if floating else np.array_equal(ours, theirs))
-        return [] if near else different
-    if isinstance(ours, dict):
+    if isinstance(ours, dict) and type(ours) is type(theirs):
         missing = [f"{path}[{key!r}] in one alone" for key in ours.keys() ^ theirs.keys()]
         pairs = [(f"{path}[{key!r}]", ours[key], theirs[key]) for key in ours.keys() & theirs.keys()]
-    elif isinstance(ours, (list, tuple)):
+    elif isinstance(ours, (list, tuple)) and type(ours) is type(theirs):
         missing = [f"{path}: {len(ours)} and {len(theirs)} entries"] if len(ours) != len(theirs) else []
         pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(ours, theirs, strict=False))]
-    elif isinstance(ours, float) and tolerance:
-        return [] if ours == pytest.approx(theirs, tolerance, tolerance) else different
-    else:
-        return [] if ours == theirs else different
+    else:  # only what differs is worth a picture
+        return [] if alike(ours, theirs, tolerance) else [f"{path}: {ours!r} and {theirs!r}"]
     return missing + [d for where, mine, peer in pairs for d in differences(mine, peer, where, tolerance=tolerance)]
+
+
+def alike(ours: Any, theirs: Any, tolerance: float) -> bool:
+    """Whether two values that hold no others are the same."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, Tensor):
+        if (ours.dtype, ours.requires_grad) != (theirs.dtype, theirs.requires_grad):
+            return False
+        ours, theirs = ours.detach().numpy(), theirs.detach().numpy()
+    if isinstance(ours, (np.ndarray, np.generic)):
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        floating = np.issubdtype(ours.dtype, np.floating) and tolerance
+        return np.allclose(ours, theirs, tolerance, tolerance) if floating else np.array_equal(ours, theirs)
+    return bool(
+        ours == (pytest.approx(theirs, tolerance, tolerance) if isinstance(ours, float) and tolerance else theirs)
+    )
 
 
 def collected(

@@ -1,11 +1,13 @@
 """Trust-region policy optimisation for Stable-Baselines3."""
 
+from sb3_trpo_ext.critic.base import Critic
+from sb3_trpo_ext.critic.registry import register_critic
 from sb3_trpo_ext.maskable import MaskableTRPO
 from sb3_trpo_ext.npg import NPG
+from sb3_trpo_ext.policy.distributions import Family, register_distribution
 from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.distributions import Family, register_family
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
@@ -13,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NPG",
     "TRPO",
+    "Critic",
     "Family",
     "MaskableTRPO",
     "PPOClip",
@@ -21,5 +24,6 @@ __all__ = [
     "RecurrentPPOClip",
     "RecurrentTRPO",
     "__version__",
-    "register_family",
+    "register_critic",
+    "register_distribution",
 ]

@@ -11,16 +11,18 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
-from sb3_trpo_ext.sb3.regions import LargestRegion, MeanRegion, Penalty
-from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
-from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
+from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.policy.regions import LargestRegion, MeanRegion, Penalty
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined, shared_radius
+from sb3_trpo_ext.training.arguments import check_rollout_size
+from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 
 class TRPO(NaturalGradientAlgorithm):
@@ -68,10 +70,10 @@ class TRPO(NaturalGradientAlgorithm):
             minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
             ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
             for sb3-contrib keeps its meaning.
-        critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_steps``,
+        critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_iterations``,
             ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
-            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30, ``n_steps``
-            3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
+            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,
+            ``n_iterations`` 3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
             of A dimensions: δ = target_kl · A and λ = cg_damping · A. That is what averaging the KL over dimensions
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's
@@ -91,7 +93,8 @@ class TRPO(NaturalGradientAlgorithm):
             the trust region or does not improve the surrogate, m is forgotten and the plain direction is taken.
             Successive steps are alike, so that noise alone drifts (1+μ)/(1-μ) times as far in KL: lower ``target_kl``
             with it. ``train/momentum`` logs the μ of the step taken. m belongs to an environment and a policy: it is
-            forgotten by ``set_env`` with another environment, ``set_parameters`` and ``load``.
+            forgotten by ``set_env`` with another environment, ``set_parameters`` and ``load``, and where the policy was
+            replaced or its parameters were changed by anything but an update.
         sample_reuse: M: the policy step sees the last M rollouts, with the exact ratios to the policies that made them
             (equation 10 with q = these) and advantages estimated again by V-trace (GeTRPO, Queeney et al. 2022,
             https://arxiv.org/abs/2206.13714). δ is divided by ((M+1)/2)², so that a sample is left as far in all as
@@ -197,6 +200,7 @@ class TRPO(NaturalGradientAlgorithm):
         self._past_rollouts: tuple[PastRollout, ...] = ()
         self.final_n_steps = final_n_steps
         self.gradient_memory: np.ndarray | None = None
+        self._theta_left: Tensor | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.line_search_accept_ratio = line_search_accept_ratio
@@ -247,10 +251,10 @@ class TRPO(NaturalGradientAlgorithm):
         return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts"))
+        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts", "_theta_left"))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory"]
+        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory", "_theta_left"]
 
     def _forget(self) -> None:
         """Drop momentum and past rollouts too.
@@ -259,7 +263,11 @@ class TRPO(NaturalGradientAlgorithm):
         policies that are a few steps apart, and momentum on a gradient that has hardly turned.
         """
         super()._forget()
-        self.gradient_memory, self._past_rollouts = None, ()
+        self.gradient_memory, self._past_rollouts, self._theta_left = None, (), None
+
+    def _theta(self) -> Tensor:
+        """All parameters as they are."""
+        return flatten(list(self.policy.parameters())).detach()
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
@@ -308,7 +316,12 @@ class TRPO(NaturalGradientAlgorithm):
         kind = LargestRegion if self.trust_region == "max" else MeanRegion
         return kind(self.trust_region_radius())
 
-    def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
+    def _begin_update(self) -> None:
+        """Forget what was remembered of another policy, or of parameters that were not left by an update."""
+        if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
+            self._forget()
+
+    def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
         past = [
             rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
@@ -318,6 +331,7 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _keep(self, batch: Batch) -> None:
         """Keep the rollout for the updates to come, and the ones before it that will still be used."""
+        self._theta_left = self._theta() if self.momentum or self.sample_reuse > 1 else None
         if self.sample_reuse > 1:
             assert self._last_episode_starts is not None  # since the rollout
             newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
@@ -330,9 +344,9 @@ class TRPO(NaturalGradientAlgorithm):
         penalty = "a number for `kl_penalty`" if self.kl_penalty == "theory" else "a larger `kl_penalty`"
         return cures.replace("a smaller `target_kl`", penalty)
 
-    def _described(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
+    def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}
         if self.momentum:
             rolls = step.direction is not None and step.direction.vector is not problem.gradient
             record["train/momentum"] = self.momentum if rolls else 0.0
-        return super()._described(problem, step) | record
+        return super()._log_entries(problem, step) | record

@@ -11,8 +11,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.policy_problem import PolicyOutput
+from sb3_trpo_ext.policy.problem import PolicyOutput
+from sb3_trpo_ext.rollout.batch import Batch
 
 ACTION_SPACES: dict[str, spaces.Space] = {
     "box": spaces.Box(-1, 1, (3,)),

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import pandas as pd
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -81,29 +83,55 @@ def test_the_comparison_of_the_family_reports() -> None:
     assert "| RecurrentTRPO |" in run(str(EXAMPLES / "benchmarks" / "family.py"), "--report")
 
 
+@pytest.mark.parametrize("script", ["critics", "family"])
+def test_a_job_of_the_comparisons_leaves_its_row(script: str, tmp_path: Path) -> None:
+    code = f"""
+        import dataclasses, sys, {script} as script
+        arm, task = sys.argv[2], sys.argv[3]
+        if hasattr(script, "TASKS"):
+            script.TASKS[task] = dataclasses.replace(script.TASKS[task], steps=256)
+        else:
+            script.TIMESTEPS[task] = 4096
+        script.main()
+    """
+    arm, task = {"critics": ("adam", "CartPole-v1"), "family": ("RecurrentTRPO", "CartPole without velocities")}[script]
+    variables = {"BENCHMARK_RESULTS": str(tmp_path), "PYTHONPATH": str(EXAMPLES / "benchmarks")}
+    run("-c", dedent(code), "--job", arm, task, "3", **variables)
+    (part,) = tmp_path.rglob("*.json")
+    row = json.loads(part.read_text())
+    assert (row["arm"], row["task"], row["seed"]) == (arm, task, 3)
+    assert row["score"] > 5 and row["cpu_seconds"] > 0 and "TRPO" in row["algorithm"]
+    assert json.loads(row["settings"])["n_timesteps"] == {"critics": 4096, "family": 256}[script]
+
+
 def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmarks" / "learning.py")
     variant = "TRPO n_timesteps=2000 n_steps=64"
-    jobs = ("--arms", variant, "--tasks", "CartPole-v1", "--seeds", "0", "1", "--workers", "1")
+    jobs = ("--arms", variant, "--tasks", "CartPole-v1", "--seeds", "0", "1", "--workers", "1", "--table", "tiny")
     results = {"BENCHMARK_RESULTS": str(tmp_path)}
     assert "0/3" in run(script, *jobs, "--budget-minutes", "0", **results)
     assert "3/3" in run(script, *jobs, **results)
     assert "0/0" in run(script, *jobs, **results)  # nothing is run twice
 
-    folder = tmp_path / "learning"
-    evaluations = pd.read_csv(folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.evaluations.csv.gz")
-    assert list(evaluations["timesteps"]) == [1840, 1920, 2000]
-    assert evaluations["cpu_seconds"].is_monotonic_increasing
-    assert evaluations.filter(like="return_").shape == (3, 20)
-    monitor = folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.monitor.csv.gz"
-    episodes = pd.read_csv(monitor, skiprows=1)
-    assert list(episodes) == ["r", "l", "t"] and 1000 < episodes["l"].sum() <= 2048
-    assert json.loads((folder / "random-CartPole-v1-0.json").read_text())["score"] < 40
-    written = json.loads((folder / "TRPO_n_timesteps=2000_n_steps=64-CartPole-v1-0.json").read_text())
-    assert written["algorithm"] == "sb3_trpo_ext.trpo.TRPO" and written["settings"]["n_steps"] == 64
+    table = pd.read_csv(tmp_path / "tiny.csv.gz")
+    assert list(table["arm"]) == ["random", variant, variant] and list(table["seed"]) == [0, 0, 1]
+    random, first, _ = table.itertuples()
+    assert random.score < 40
+    evaluations = json.loads(first.evaluations)
+    assert evaluations["timesteps"] == [1840, 1920, 2000]
+    assert 0 < evaluations["cpu_seconds"][0] <= evaluations["cpu_seconds"][2] == first.cpu_seconds
+    assert np.shape(evaluations["returns"]) == (3, 20)
+    assert np.mean(evaluations["returns"][2]) == pytest.approx(first.score)
+    settings = json.loads(first.settings)
+    assert settings["n_steps"] == 64 and settings["n_timesteps"] == 2000
+    assert first.algorithm.startswith("sb3_trpo_ext.") and first.algorithm.endswith(".TRPO")
+    name = "'TRPO n_timesteps=2000 n_steps=64'"
+    assert first.command == f"python examples/benchmarks/learning.py --table tiny --job {name} CartPole-v1 0"
 
-    printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--variants", "0", "1", **results)
+    report = (str(EXAMPLES / "benchmarks" / "report.py"), "--table", "tiny", "--variants", "0", "1")
+    printed = run(*report, **results)
     assert f"| {variant} | " in printed and "(n=2)" in printed
+    assert "CartPole-v1" not in run(*report, "--tasks", "Acrobot-v1", **results)
 
 
 def test_the_report_on_learning_makes_tables_and_figures(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
     python examples/benchmarks/family.py --report        # report what is there
     python examples/benchmarks/family.py --tasks CartPole  # only tasks whose name contains a word
 
-A job is (arm, task, seed), in a process of its own with one thread, and leaves one JSON file; finished jobs are never
-run again. The score is the mean return of 20 evaluation episodes with deterministic actions.
+A job is (arm, task, seed), in a process of its own with one thread, and leaves one row in ``results/family.csv.gz``
+(columns: `jobs.py`); finished jobs are never run again. The score is the mean return of 20 evaluation episodes with
+deterministic actions.
 
 Tasks: *CartPole* and *Pendulum* for every method; *CartPole without velocities*, which only memory can solve;
 *invalid actions*, sb3-contrib's environments in which most actions are forbidden at each step (100 is perfect; its
@@ -13,6 +14,8 @@ multi-binary one is made smaller, so that random play does not solve it).
 """
 
 import argparse
+import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 import sb3_contrib
 import stable_baselines3
-from jobs import Job, interval, run_missing, scores, write_result
+from jobs import Job, interval, run_missing, scores, write_row
 from sb3_contrib.common.envs import (
     InvalidActionEnvDiscrete,
     InvalidActionEnvMultiBinary,
@@ -33,7 +36,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_trpo_ext
 
-BENCHMARK = "family"
+TABLE = "family"
 
 
 @dataclass(frozen=True)
@@ -160,19 +163,30 @@ TASKS = {
 }
 
 
-def run_job(arm_name: str, task_name: str, seed: int) -> None:
+def job_of(arm_name: str, task_name: str, seed: int) -> Job:
+    """A job with its settings; schedules as they print."""
+    task = TASKS[task_name]
+    arm = task.arms[arm_name]
+    fixed = {"policy": arm.policy, "n_timesteps": task.steps, "n_envs": task.n_envs, "normalize": task.normalize}
+    settings = fixed | task.settings | (arm.settings or {})
+    return Job(arm_name, task_name, seed, json.loads(json.dumps(settings, default=repr)))
+
+
+def run_job(job: Job) -> None:
     """Train one model and write its score."""
     import torch
 
     torch.set_num_threads(1)
-    task = TASKS[task_name]
-    arm = task.arms[arm_name]
-    env = task.env(seed)
+    task = TASKS[job.task]
+    arm = task.arms[job.arm]
+    env = task.env(job.seed)
     settings = {**task.settings, **(arm.settings or {})}
-    model = arm.algorithm(arm.policy, env, seed=seed, device="cpu", **settings)
+    model = arm.algorithm(arm.policy, env, seed=job.seed, device="cpu", **settings)
+    started = time.process_time()
     model.learn(task.steps)
-    score = evaluate(model, env, task, 1000 + seed)
-    write_result(BENCHMARK, (arm_name, task_name, seed), {"timesteps": task.steps, "score": score})
+    cpu_seconds = time.process_time() - started
+    score = evaluate(model, env, task, 1000 + job.seed)
+    write_row(TABLE, job, score, cpu_seconds=cpu_seconds, algorithm=arm.algorithm)
 
 
 def evaluate(model: Any, trained_in: VecEnv, task: Task, seed: int) -> float:
@@ -196,7 +210,7 @@ def report(tasks: list[str]) -> None:
     print("|---|---|---|---|")
     for name in tasks:
         for arm in TASKS[name].arms:
-            found = scores(BENCHMARK, arm, name, TASKS[name].seeds)
+            found = scores(TABLE, arm, name, TASKS[name].seeds)
             if found:
                 print(f"| {name} ({TASKS[name].steps // 1000}k) | {arm} | {interval(found)} | {min(found):.0f} |")
 
@@ -210,14 +224,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     args = parser.parse_args()
     if args.job:
-        run_job(args.job[0], args.job[1], int(args.job[2]))
+        run_job(job_of(args.job[0], args.job[1], int(args.job[2])))
         return
     tasks = [name for name in TASKS if any(word in name for word in args.tasks)]
     if not args.report:
-        jobs: list[Job] = [
-            (arm, name, seed) for name in tasks for seed in TASKS[name].seeds for arm in TASKS[name].arms
-        ]
-        run_missing(BENCHMARK, __file__, jobs, args.workers)
+        jobs = [job_of(arm, name, seed) for name in tasks for seed in TASKS[name].seeds for arm in TASKS[name].arms]
+        run_missing(TABLE, [__file__], jobs, args.workers)
     report(tasks)
 
 

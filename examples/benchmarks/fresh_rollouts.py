@@ -3,6 +3,9 @@
     python examples/benchmarks/fresh_rollouts.py            # half an hour, then the tables
     python examples/benchmarks/fresh_rollouts.py --report   # the tables of what was measured
 
+One row a rollout is written to ``results/fresh_rollouts.csv.gz``: environment, age and seed of the model, and, as JSON,
+what every setting of the policy step gained and what every setting of the critic left.
+
 A model is trained to several ages and held still there. Many rollouts are collected from it, and more fresh ones.
 
 Policy: from each rollout a step is computed under every solver setting (conjugate-gradient steps, relative residual to
@@ -18,12 +21,13 @@ Both are paired with their reference, over all ages, with the 95 % Student-t int
 
 import argparse
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from jobs import RESULTS
 from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -32,12 +36,14 @@ from torch import Tensor
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.natural_step import natural_direction
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic, Regression
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyProblem
+from sb3_trpo_ext.critic.base import Regression
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import Comparison, PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
-RESULTS = Path(__file__).parent / "results" / "fresh_rollouts.json"
+TABLE = RESULTS / "fresh_rollouts.csv.gz"
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5")
 AGES = (20_480, 102_400, 204_800)
 ROLLOUTS = 20
@@ -90,10 +96,9 @@ def value_name(setting: dict[str, Any]) -> str:
 
 
 def merged(batches: list[Batch]) -> Batch:
-    """Several rollouts as one batch."""
-    names = [name for name, value in vars(batches[0]).items() if value is not None]
-    columns = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in names}
-    return Batch(**columns | {"weights": columns["weights"] / len(batches)})
+    """Several rollouts as one batch, a copy."""
+    joined = Batch.joined(batches)
+    return replace(joined, **{**joined.rows(torch.clone), "weights": joined.weights / len(batches)})
 
 
 def rollout(model: Any) -> Batch:
@@ -187,8 +192,8 @@ def measure(env_id: str, seed: int) -> list[dict[str, Any]]:
             for _ in range(ROLLOUTS):
                 batch = rollout(model).with_normalized_advantages()
                 record: dict[str, Any] = {"env": env_id, "age": age, "seed": seed}
-                record["gains"] = rounded(gains(model, batch, fresh))
-                record["fits"] = rounded(fits(model, batch, fresh_batch))
+                record["gains"] = json.dumps(rounded(gains(model, batch, fresh)))
+                record["fits"] = json.dumps(rounded(fits(model, batch, fresh_batch)))
                 records.append(record)
         print(f"{env_id}, seed {seed}, {age} steps: done", flush=True)
     return records
@@ -232,9 +237,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.report:
         measured = [record for env_id in ENVIRONMENTS for seed in args.seeds for record in measure(env_id, seed)]
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(measured) + "\n")
-    report(json.loads(RESULTS.read_text()))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(measured).to_csv(TABLE, index=False, compression={"method": "gzip", "mtime": 0})
+    report(pd.read_csv(TABLE, converters={"gains": json.loads, "fits": json.loads}).to_dict("records"))
 
 
 if __name__ == "__main__":

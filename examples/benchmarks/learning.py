@@ -4,45 +4,42 @@
     python examples/benchmarks/learning.py --arms PPO --tasks Hopper-v5 --seeds 0 1
     python examples/benchmarks/learning.py --arms "TRPO momentum=0.5" "TRPO target_kl=0.02" --seeds 100 101
     python examples/benchmarks/learning.py --study step-sizes       # another of the STUDIES
+    python examples/benchmarks/learning.py --table tuning           # keep the results in another table
     python examples/benchmarks/learning.py --budget-minutes 60      # start no job after an hour
     python examples/benchmarks/report.py                            # tables and figures of what is there
 
 A job is (arm, task, seed), in a process of its own with one thread. It trains through the RL Zoo's own experiment
 manager, so that environments, wrappers and schedules are those of ``train --algo ALGO --env TASK``, is evaluated at 25
-points (variants of an arm: at the last three of them) by 20 episodes with deterministic actions, and leaves, under
-``results/learning``,
-
-- ``*.evaluations.csv.gz``: timesteps, seconds and CPU seconds of training so far (without the evaluations), 20 returns;
-- ``*.monitor.csv.gz``: return, length and time of every training episode, in the format of SB3's ``Monitor``;
-- ``*.json``: settings, command and versions, written last: a job without it is run again, a job with it never.
+points (variants of an arm: at the last three of them) by 20 episodes with deterministic actions, and leaves one row in
+``results/learning.csv.gz`` or the ``--table`` that is named (columns: `jobs.py`). Its evaluations are the timesteps and
+the CPU seconds of training so far, without the evaluations themselves, and the 20 returns of each. Jobs are known by
+their settings: what has been run with other settings in the zoo's files or ours is run again.
 
 With one thread, CPU seconds are the wall-clock of a core that does nothing else; jobs that share a machine with others
 can be compared by them.
 """
 
 import argparse
-import gzip
-import json
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import yaml
 from gymnasium.wrappers import RecordEpisodeStatistics
-from jobs import Job, result_path, run_missing, write_result
+from jobs import Job, run_missing, write_row
 from stable_baselines3.common.callbacks import EvalCallback
-from stable_baselines3.common.monitor import get_monitor_files
 
-BENCHMARK = "learning"
+TABLE = "learning"
 RANDOM = "random"
+RANDOM_EPISODES = 100
 EVALUATIONS = 25
 EPISODES = 20
 EVALUATION_SEED = 1_000_000
@@ -142,93 +139,84 @@ def known_arm(name: str) -> str:
     return name
 
 
+@cache
+def hyperparameters(package: str, algo: str) -> dict[str, Any]:
+    """The hyperparameter file of an algorithm."""
+    return yaml.safe_load((files(package) / "hyperparams" / f"{algo}.yml").read_text())
+
+
 def settings(arm: Arm, task: str) -> dict[str, Any]:
-    """The entry of the task in the hyperparameter file of the arm, with the overrides of the arm.
+    """The entry of the task in the hyperparameter file of the arm, with our timesteps and the overrides of the arm.
 
     The zoo's files know the MuJoCo tasks as ``-v4``; where they do not know a task at all, their entry for untuned
     MuJoCo tasks is taken.
     """
-    package = files("rl_zoo3" if arm.peer else "sb3_trpo_ext.zoo")
-    entries = yaml.safe_load((package / "hyperparams" / f"{arm.algo}.yml").read_text())
+    entries = hyperparameters("rl_zoo3" if arm.peer else "sb3_trpo_ext.zoo", arm.algo)
     names = (task, task.replace("-v5", "-v4"), ZOO_MUJOCO_DEFAULTS)
     entry = next(entries[name] for name in names if name in entries)
-    return {**entry, **arm.overrides}
+    return {**entry, "n_timesteps": STEPS[task], **arm.overrides}
+
+
+def job_of(arm: str, task: str, seed: int) -> Job:
+    """A job with its settings."""
+    return Job(arm, task, seed, {"episodes": RANDOM_EPISODES} if arm == RANDOM else settings(arm_named(arm), task))
 
 
 class TimedEvaluation(EvalCallback):
-    """SB3's evaluation without the first ones, and with the time that training took without it."""
+    """SB3's evaluation without the first ones, and with the CPU time that training took without it."""
 
     def __init__(self, *args: Any, skipped: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.skipped = skipped
-        self.seconds: list[tuple[float, float]] = []
-        self._started = self._clocks()
-
-    @staticmethod
-    def _clocks() -> np.ndarray:
-        return np.array((time.perf_counter(), time.process_time()))
+        self.cpu_seconds: list[float] = []
 
     def _on_training_start(self) -> None:
-        self._started = self._clocks()
+        self._started = time.process_time()
 
     def _on_step(self) -> bool:
         if self.n_calls % self.eval_freq or self.n_calls <= self.skipped * self.eval_freq:
             return True
-        before = self._clocks()
-        self.seconds.append(tuple(before - self._started))
+        before = time.process_time()
+        self.cpu_seconds.append(round(before - self._started, 2))
         proceed = super()._on_step()
-        self._started += self._clocks() - before
+        self._started += time.process_time() - before
         return proceed
 
-    def table(self) -> pd.DataFrame:
-        """One row an evaluation."""
-        columns = {
-            "timesteps": self.evaluations_timesteps,
-            "seconds": [f"{wall:.2f}" for wall, _ in self.seconds],
-            "cpu_seconds": [f"{cpu:.2f}" for _, cpu in self.seconds],
-        }
-        returns = np.round(np.array(self.evaluations_results), 2)
-        return pd.DataFrame({**columns, **{f"return_{k}": returns[:, k] for k in range(EPISODES)}})
 
-
-def run_random(task: str, seed: int, episodes: int = 100) -> None:
+def run_random(table: str, job: Job) -> None:
     """Write what uniformly drawn actions return: the zero of normalised scores."""
-    env = RecordEpisodeStatistics(gym.make(task), buffer_length=episodes)
-    env.action_space.seed(seed)
-    env.reset(seed=EVALUATION_SEED + seed)
-    while len(env.return_queue) < episodes:
+    env = RecordEpisodeStatistics(gym.make(job.task), buffer_length=RANDOM_EPISODES)
+    env.action_space.seed(job.seed)
+    env.reset(seed=EVALUATION_SEED + job.seed)
+    while len(env.return_queue) < RANDOM_EPISODES:
         *_, terminated, truncated, _ = env.step(env.action_space.sample())
         if terminated or truncated:
             env.reset()
-    write_result(BENCHMARK, (RANDOM, task, seed), {"episodes": episodes, "score": float(np.mean(env.return_queue))})
+    write_row(table, job, float(np.mean(env.return_queue)))
 
 
-def run_job(arm_name: str, task: str, seed: int) -> None:
-    """Train one model; write its evaluations, its training episodes and its settings."""
+def run_job(table: str, job: Job) -> None:
+    """Train one model and write its evaluations."""
     import torch
     from rl_zoo3 import exp_manager
 
     from sb3_trpo_ext.zoo import register
 
     torch.set_num_threads(1)
-    arm = arm_named(arm_name)
-    steps = arm.overrides.get("n_timesteps", STEPS[task])
+    arm = arm_named(job.arm)
+    steps = job.settings["n_timesteps"]
     if not arm.peer:
         register()  # before this, "trpo" is sb3-contrib's
-    entry = settings(arm, task)
-    path = result_path(BENCHMARK, (arm_name, task, seed))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w") as log, redirect_stdout(log):
         config = Path(scratch) / "config.yml"
-        config.write_text(yaml.safe_dump({task: entry}))
+        config.write_text(yaml.safe_dump({job.task: job.settings}))
         manager = exp_manager.ExperimentManager(
             argparse.Namespace(),
             arm.algo,
-            task,
+            job.task,
             scratch,
-            n_timesteps=steps,
             eval_freq=-1,
-            seed=seed,
+            seed=job.seed,
             verbose=0,
             device="cpu",
             config=str(config),
@@ -237,7 +225,7 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
         assert experiment is not None
         model = experiment[0]
         evaluation_env = manager.create_envs(EPISODES, eval_env=True)
-        evaluation_env.seed(EVALUATION_SEED + seed)
+        evaluation_env.seed(EVALUATION_SEED + job.seed)
         evaluation = TimedEvaluation(
             evaluation_env,
             skipped=arm.skipped,
@@ -247,22 +235,20 @@ def run_job(arm_name: str, task: str, seed: int) -> None:
             verbose=0,
         )
         model.learn(steps, callback=evaluation)
-        table = evaluation.table().head(EVALUATIONS - arm.skipped)
-        table.to_csv(path.with_suffix(".evaluations.csv.gz"), index=False)
-        write_episodes(manager.save_path, path.with_suffix(".monitor.csv.gz"), task)
-    score = float(table.filter(like="return_").iloc[-1].mean())
-    command = f"python examples/benchmarks/learning.py --job '{arm_name}' {task} {seed}"
-    result = {"timesteps": steps, "score": score, "algorithm": f"{type(model).__module__}.{type(model).__name__}"}
-    write_result(BENCHMARK, (arm_name, task, seed), {**result, "settings": entry, "command": command})
-
-
-def write_episodes(folder: str, path: Path, task: str) -> None:
-    """Join the monitor files of all environments into one, in the order in which the episodes ended."""
-    frames = [pd.read_csv(file, skiprows=1) for file in get_monitor_files(folder)]
-    episodes = pd.concat(frames).sort_values("t", kind="stable")
-    with gzip.open(path, "wt") as file:
-        file.write("#" + json.dumps({"t_start": 0.0, "env_id": task}) + "\n")
-        episodes.round({"r": 2, "t": 1}).to_csv(file, index=False)
+    kept = EVALUATIONS - arm.skipped
+    evaluations = {
+        "timesteps": evaluation.evaluations_timesteps[:kept],
+        "cpu_seconds": evaluation.cpu_seconds[:kept],
+        "returns": np.round(evaluation.evaluations_results[:kept], 2).tolist(),
+    }
+    write_row(
+        table,
+        job,
+        float(np.mean(evaluations["returns"][-1])),
+        evaluations=evaluations,
+        cpu_seconds=evaluations["cpu_seconds"][-1],
+        algorithm=type(model),
+    )
 
 
 def main() -> None:
@@ -272,25 +258,26 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", type=known_arm, metavar="ARM", help="only these, or variants of them")
     parser.add_argument("--tasks", nargs="*", choices=STEPS, metavar="TASK", help="only these tasks")
     parser.add_argument("--seeds", nargs="*", type=int, help="seeds of every arm and task")
+    parser.add_argument("--table", default=TABLE, help="where the results are kept (default: %(default)s)")
     parser.add_argument("--job", nargs=3, metavar=("ARM", "TASK", "SEED"), help="run one job (used internally)")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     parser.add_argument("--budget-minutes", type=float, help="start no job after this time")
     args = parser.parse_args()
     if args.job:
-        arm, task, seed = args.job[0], args.job[1], int(args.job[2])
-        run_random(task, seed) if arm == RANDOM else run_job(arm, task, seed)
+        job = job_of(args.job[0], args.job[1], int(args.job[2]))
+        (run_random if job.arm == RANDOM else run_job)(args.table, job)
         return
     study = STUDIES[args.study]
     tasks = args.tasks or study.tasks
-    jobs: list[Job] = [(RANDOM, task, 0) for task in tasks]
+    jobs = [job_of(RANDOM, task, 0) for task in tasks]
     jobs += [
-        (arm, task, seed)
+        job_of(arm, task, seed)
         for seed in args.seeds or range(study.seeds)
         for task in tasks
         for arm in args.arms or study.arms
         if task in arm_named(arm).tasks
     ]
-    sys.exit(run_missing(BENCHMARK, __file__, jobs, args.workers, args.budget_minutes))
+    sys.exit(run_missing(args.table, [__file__, "--table", args.table], jobs, args.workers, args.budget_minutes))
 
 
 if __name__ == "__main__":

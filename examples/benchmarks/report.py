@@ -1,7 +1,8 @@
-"""Tables and figures of what `learning.py` left in ``results/learning``, from those files alone.
+"""Tables and figures of what `learning.py` left in ``results/learning.csv.gz``, from that table alone.
 
     python examples/benchmarks/report.py                        # tables, and figures beside the results
     python examples/benchmarks/report.py --variants 100 101 102 # all that was run on these seeds, to choose a default
+    python examples/benchmarks/report.py --table tuning --variants 100 101 --tasks Hopper-v5 HalfCheetah-v5
 
 Definitions (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, computed by rliable):
 
@@ -28,16 +29,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from jobs import RESULTS, result_path
+from jobs import RESULTS, current
 from learning import (
     ARMS,
-    BENCHMARK,
     MAIN_STEPS,
     MUJOCO,
     RANDOM,
     STEP_SIZES,
     STUDIES,
+    TABLE,
     TWO_TASKS,
     step_size_arm,
 )
@@ -84,19 +84,19 @@ class Run:
 
 
 @cache
-def run_of(arm: str, task: str, seed: int) -> Run | None:
+def run_of(arm: str, task: str, seed: int, table: str) -> Run | None:
     """A finished run; None for one that is missing."""
-    path = result_path(BENCHMARK, (arm, task, seed))
-    if not path.exists():
+    found = current(table)["evaluations"]
+    if (arm, task, seed) not in found.index:
         return None
-    table = pd.read_csv(path.with_suffix(".evaluations.csv.gz"))
-    returns = table.filter(like="return_").mean(axis=1)
-    return Run(table["timesteps"].to_numpy(), table["cpu_seconds"].to_numpy(), returns.to_numpy())
+    evaluations = json.loads(found[arm, task, seed])
+    steps, seconds = np.array(evaluations["timesteps"]), np.array(evaluations["cpu_seconds"])
+    return Run(steps, seconds, np.mean(evaluations["returns"], axis=1))
 
 
-def runs_of(arm: str, task: str, seeds: Iterable[int]) -> list[Run]:
+def runs_of(arm: str, task: str, seeds: Iterable[int], table: str = TABLE) -> list[Run]:
     """The finished runs of an arm on a task."""
-    return [run for seed in seeds if (run := run_of(arm, task, seed)) is not None]
+    return [run for seed in seeds if (run := run_of(arm, task, seed, table)) is not None]
 
 
 def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +117,7 @@ def interval_of(task: str, samples: Sequence[float]) -> str:
 
 def random_return(task: str) -> float:
     """What uniformly drawn actions return."""
-    return float(json.loads(result_path(BENCHMARK, (RANDOM, task, 0)).read_text())["score"])
+    return float(current(TABLE)["score"][RANDOM, task, 0])
 
 
 def normalised(task: str, returns: np.ndarray) -> np.ndarray:
@@ -285,17 +285,20 @@ def draw_step_sizes(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table_of_variants(seeds: Iterable[int]) -> None:
-    """Print every variant that was run on some of the seeds: the final returns."""
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / BENCHMARK).glob("*.json"))]
-    found = [result for result in found if result["seed"] in seeds and result["arm"] != RANDOM]
-    tasks = sorted({result["env"] for result in found})
+def table_of_variants(table: str, seeds: Sequence[int], tasks: Sequence[str]) -> None:
+    """Print every variant that was run on some of the seeds and tasks (none: all): the final returns."""
+    found = [
+        (arm, task)
+        for arm, task, seed in current(table).index
+        if arm != RANDOM and seed in seeds and (not tasks or task in tasks)
+    ]
+    tasks = sorted({task for _, task in found})
     print("| variant | " + " | ".join(tasks) + " |")
     print("|---" * (len(tasks) + 1) + "|")
-    for arm in sorted({result["arm"] for result in found}):
+    for arm in sorted({arm for arm, _ in found}):
         cells = []
         for task in tasks:
-            finals = [run.final for run in runs_of(arm, task, seeds)]
+            finals = [run.final for run in runs_of(arm, task, seeds, table)]
             cells.append(f"{interval_of(task, finals)} (n={len(finals)})" if finals else "-")
         print(f"| {arm} | " + " | ".join(cells) + " |")
 
@@ -305,10 +308,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)), help="seeds that are reported")
     parser.add_argument("--variants", nargs="+", type=int, metavar="SEED", help="report all variants on these seeds")
+    parser.add_argument("--table", default=TABLE, help="table of the variants (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="tasks of the variants (default: all)")
     parser.add_argument("--figures", type=Path, default=RESULTS, help="folder for the figures (default: %(default)s)")
     args = parser.parse_args()
     if args.variants:
-        table_of_variants(args.variants)
+        table_of_variants(args.table, args.variants, args.tasks)
         return
     table_of_returns(MAIN_ARMS, tuple(MAIN_STEPS), args.seeds)
     print()

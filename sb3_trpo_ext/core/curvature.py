@@ -1,6 +1,6 @@
 """Matrix-free Gauss-Newton products v ↦ (Jᵀ M J + λI) v."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,17 +49,24 @@ class GaussNewtonProduct:
     weights it is the Gauss-Newton matrix of the value loss.
 
     Args:
-        segments: Forward passes that together cover the samples. A single one is run once and its graph is kept for
-            all products; several are run and released in turn at each product, so memory is bounded by the largest.
+        segments: Forward passes that together cover the samples.
         params: θ, P numbers in all.
         damping: λ >= 0, added to the diagonal.
+        keep: Whether each is run once and its graph is kept for all products; otherwise they are run and released in
+            turn at each product, so memory is bounded by the largest. None keeps a single one.
     """
 
-    def __init__(self, segments: Sequence[Segment], params: Sequence[Tensor], damping: float) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], params: Sequence[Tensor], damping: float, *, keep: bool | None = None
+    ) -> None:
         self._segments = segments
         self._params = params
         self._damping = damping
-        self._cached = self._linearize(segments[0]) if len(segments) == 1 else None
+        kept = len(segments) == 1 if keep is None else keep
+        self._kept = [self._linearize(segment) for segment in segments] if kept else None
+
+    def _linearizations(self) -> Iterable[tuple[Linearization, Metric]]:
+        return map(self._linearize, self._segments) if self._kept is None else self._kept
 
     def _linearize(self, segment: Segment) -> tuple[Linearization, Metric]:
         outputs, metric = segment()
@@ -68,8 +75,7 @@ class GaussNewtonProduct:
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply a vector ``(P,)``."""
         result = self._damping * vector
-        for segment in self._segments:
-            linear, metric = self._cached or self._linearize(segment)
+        for linear, metric in self._linearizations():
             result = result + linear.vjp(metric(linear.jvp(vector)))
         return result
 
@@ -86,8 +92,7 @@ class GaussNewtonProduct:
         if difference > 1e3 * torch.finfo(vector.dtype).eps * damped:
             return difference
         result = vector.new_zeros(())
-        for segment in self._segments:
-            linear, metric = self._cached or self._linearize(segment)
+        for linear, metric in self._linearizations():
             image = linear.jvp(vector)
             result = result + (image * metric(image)).sum()
         return float(result)

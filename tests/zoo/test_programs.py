@@ -60,7 +60,7 @@ def test_train_evaluate_checkpoint_enjoy_record_and_plot(zoo: Any, capsys: pytes
     assert "<svg" in Path("figure.svg").read_text()
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_clip", "ppo_penalty", "trpo_lstm"])
+@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_clip", "ppo_penalty", "trpo_lstm", "npg_lstm", "ppo_clip_lstm"])
 def test_a_run_is_continued_where_it_stopped(zoo: Any, algo: str) -> None:
     settings = [*SHORT, 'learning_rate:"lin_0.001"', "normalize:True"]
     train(zoo, algo, "Pendulum-v1", 128, "--eval-freq", "-1", *settings)

@@ -8,7 +8,7 @@ import stable_baselines3
 from rl_zoo3 import exp_manager, hyperparams_opt
 from rl_zoo3.utils import ALGOS
 
-from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.zoo import ALGORITHMS, register
 
 NAMES = {
@@ -17,6 +17,8 @@ NAMES = {
     "ppo_clip": PPOClip,
     "ppo_penalty": PPOPenalty,
     "trpo_lstm": RecurrentTRPO,
+    "npg_lstm": RecurrentNPG,
+    "ppo_clip_lstm": RecurrentPPOClip,
     "trpo_mask": MaskableTRPO,
 }
 

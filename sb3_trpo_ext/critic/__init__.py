@@ -1,0 +1,1 @@
+"""Value functions: objects that a model keeps, saves and restores."""

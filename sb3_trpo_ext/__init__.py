@@ -10,7 +10,7 @@ from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.trpo import TRPO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NPG",

@@ -96,6 +96,17 @@ class NoisyExtractor(BaseFeaturesExtractor):
         return self.net(observations)
 
 
+class AttentionExtractor(BaseFeaturesExtractor):
+    """Self-attention over the entries of the observation."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 20)
+        self.embed, self.attend = nn.Linear(1, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.attend(self.embed(observations.unsqueeze(2))).flatten(1)
+
+
 def make(algorithm: Any, action: str = "discrete", observation: str = "vector", **kwargs: Any) -> Any:
     """A small model of an algorithm on a `RandomEnv`."""
     env = RandomEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action])

@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, in_float64, make, with_rollout
+from envs import ACTION_SPACES, OBSERVATION_SPACES, AttentionExtractor, NoisyExtractor, in_float64, make, with_rollout
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from test_distributions import GSDE, batch_of, model_of, torch_kl
-from torch import Tensor, nn
+from torch import Tensor
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
@@ -16,17 +16,6 @@ from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import whole_rollout
-
-
-class AttentionExtractor(BaseFeaturesExtractor):
-    """Self-attention over the entries of the observation."""
-
-    def __init__(self, observation_space: Any) -> None:
-        super().__init__(observation_space, 20)
-        self.embed, self.attend = nn.Linear(1, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.attend(self.embed(observations.unsqueeze(2))).flatten(1)
 
 
 def problem_of(model: Any, **kwargs: Any) -> tuple[PolicyProblem, Batch]:

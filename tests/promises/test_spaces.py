@@ -3,9 +3,8 @@ from typing import Any
 
 import pytest
 import torch
-from envs import ACTION_SPACES, MASKABLE, OBSERVATION_SPACES, NoisyExtractor, make
+from envs import ACTION_SPACES, MASKABLE, OBSERVATION_SPACES, AttentionExtractor, NoisyExtractor, make
 from stable_baselines3.common.buffers import RolloutBuffer
-from test_policy_problem import AttentionExtractor
 
 from sb3_trpo_ext import (
     NPG,

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,9 +36,13 @@ def test_an_environment_of_ones_own_is_learnt() -> None:
     assert before < -20 < -8 < after
 
 
-def test_a_distribution_of_ones_own_is_learnt() -> None:
-    printed = run("-W", "error", str(EXAMPLES / "beta_policy.py"), "--timesteps", "80000")
-    assert float(printed.split("mean return")[1].split("±")[0]) > -700  # a random policy: -1200
+@pytest.mark.parametrize(
+    ("timesteps", "reached"),
+    [(8192, -math.inf), pytest.param(80_000, -700, marks=pytest.mark.slow)],  # a random policy: -1200
+)
+def test_a_distribution_of_ones_own_is_learnt(timesteps: int, reached: float) -> None:
+    printed = run("-W", "error", str(EXAMPLES / "beta_policy.py"), "--timesteps", str(timesteps))
+    assert reached < float(printed.split("mean return")[1].split("±")[0]) <= 0
 
 
 def test_callbacks_see_evaluations_checkpoints_and_updates(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ DISTRIBUTIONS = [RegisteredBeta, BetaDistribution]
 ALGORITHMS: dict[Any, dict[str, Any]] = {
     TRPO: {},
     NPG: {},
-    PPOPenalty: {"batch_size": 64, "learning_rate": 3e-3},
-    PPOClip: {"batch_size": 64, "learning_rate": 3e-3},
+    PPOPenalty: {"batch_size": 64, "learning_rate": 3e-3, "n_epochs": 4},
+    PPOClip: {"batch_size": 64, "learning_rate": 3e-3, "n_epochs": 4},
 }
 
 

@@ -16,8 +16,8 @@ from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty
 ALGORITHMS: dict[Any, dict[str, Any]] = {
     TRPO: {},
     NPG: {},
-    PPOPenalty: {"batch_size": 64, "learning_rate": 3e-3},
-    PPOClip: {"batch_size": 64, "learning_rate": 3e-3},
+    PPOPenalty: {"batch_size": 64, "learning_rate": 3e-3, "n_epochs": 4},
+    PPOClip: {"batch_size": 64, "learning_rate": 3e-3, "n_epochs": 4},
 }
 
 

@@ -1,7 +1,7 @@
 """Trust-region policy optimisation for Stable-Baselines3."""
 
+from sb3_trpo_ext.critic import register_critic
 from sb3_trpo_ext.critic.base import Critic
-from sb3_trpo_ext.critic.registry import register_critic
 from sb3_trpo_ext.maskable import MaskableTRPO
 from sb3_trpo_ext.npg import NPG
 from sb3_trpo_ext.policy.distributions import Family, register_distribution

@@ -17,8 +17,8 @@ from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radiu
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import leave_gradients
+from sb3_trpo_ext.critic import make_critic
 from sb3_trpo_ext.critic.base import Critic, Regression
-from sb3_trpo_ext.critic.registry import make_critic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem

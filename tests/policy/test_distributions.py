@@ -8,8 +8,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from betas import BetaDistribution, BetaFamily
-from envs import ACTION_SPACES, in_float64, make
+from envs import ACTION_SPACES, BetaDistribution, BetaFamily, in_float64, make
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common import distributions as sb3

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from betas import BetaDistribution, BetaFamily, with_distribution
-from envs import ACTION_SPACES, SMALL, RandomEnv
+from envs import ACTION_SPACES, SMALL, BetaDistribution, BetaFamily, RandomEnv, with_distribution
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.logger import Logger

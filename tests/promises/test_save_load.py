@@ -141,10 +141,8 @@ def test_policies_and_parameters_copy(model: Any, request: pytest.FixtureRequest
 
 SAVED_BY_0_1 = {
     "trpo_0_1": (TRPO, "box"),
-    "npg_0_1": (NPG, "discrete"),
     "ppo_penalty_0_1": (PPOPenalty, "multibinary"),
     "recurrent_trpo_0_1": (RecurrentTRPO, "discrete"),
-    "maskable_trpo_0_1": (MaskableTRPO, "multidiscrete"),
 }
 
 

@@ -60,6 +60,7 @@ def test_the_script_of_sb3_contrib_runs_unchanged() -> None:
     assert "at 4096 steps went on to 8192 here" in printed[2]
 
 
+@pytest.mark.slow  # the programs themselves: tests/zoo/test_programs.py
 def test_the_zoo_trains_enjoys_records_and_plots(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / "zoo_cartpole.sh"), str(tmp_path), "4096"]

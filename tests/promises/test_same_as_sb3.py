@@ -438,7 +438,7 @@ def test_a_policy_that_a_callback_changes_acts_at_once(algorithm: Any, way: Any,
 
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_many_small_groups_of_steps(n_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_trpo_ext.sb3.rollout.PENDING", 30)
+    monkeypatch.setattr("sb3_trpo_ext.rollout.fast.PENDING", 30)
     check_same(TRPO, OBSERVATIONS["vector"], ACTION_SPACES["box"], n_envs)
     check_same(RecurrentTRPO, OBSERVATIONS["vector"], ACTION_SPACES["discrete"], n_envs)
 

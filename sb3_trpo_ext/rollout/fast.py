@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
@@ -143,6 +144,8 @@ class FastRollout:
         space = model.action_space
         self._bounds = (space.low[None], space.high[None]) if kind_of(space).is_bounded else None
         self._reshaped = len(space.shape) != 1
+        note = getattr(model._update_info_buffer, "__func__", None)
+        self._notes_itself = note is not BaseAlgorithm._update_info_buffer
         self._policy: FastPolicy | None = self._fast_policy()
 
     def _fast_policy(self) -> FastPolicy:
@@ -300,7 +303,10 @@ class FastRollout:
     def _store(self, step: int, names: dict[str, Any]) -> None:
         """Write the step into the buffer and move on."""
         model, dones = self._model, names["dones"]
-        model._update_info_buffer(names["infos"], dones)
+        for info in names["infos"]:
+            if self._notes_itself or "episode" in info or "is_success" in info:
+                model._update_info_buffer(names["infos"], dones)
+                break
         if isinstance(self._rows, dict):
             for key, rows in self._rows.items():
                 rows[step] = model._last_obs[key]

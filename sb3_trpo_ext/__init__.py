@@ -9,7 +9,7 @@ from sb3_trpo_ext.sb3.critic import Critic, register_critic
 from sb3_trpo_ext.sb3.distributions import Family, register_family
 from sb3_trpo_ext.trpo import TRPO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NPG",

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, cat, exp
 from torch.distributions import Beta, kl_divergence
 
-from sb3_trpo_ext import TRPO, Family, register_family
+from sb3_trpo_ext import TRPO, Family, register_distribution
 
 
 class BetaDistribution(DiagGaussianDistribution):
@@ -41,7 +41,7 @@ class BetaFamily(Family):
         return kl_divergence(old_beta, new_beta).sum(dim=1).to(new.dtype)
 
 
-register_family(BetaDistribution, lambda distribution: BetaFamily())
+register_distribution(BetaDistribution, lambda distribution: BetaFamily())
 
 
 class BetaPolicy(ActorCriticPolicy):

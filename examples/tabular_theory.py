@@ -33,11 +33,10 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor
 
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
+from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale, natural_direction
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate, theoretical_penalty
-from sb3_trpo_ext.core.trust_region import Acceptance, backtracking_line_search, boundary_scale
-from sb3_trpo_ext.core.vectors import assign, flatten
+from sb3_trpo_ext.core.vectors import flatten
 
 GAMMAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 RADIUS = 0.01
@@ -222,8 +221,8 @@ def algorithm_1_step(old: Solved) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A trial point of TRPO's line search, with exact expectations.
+class Evaluation:
+    """A policy compared with π, with exact expectations.
 
     Attributes:
         objective: E[π'(a|s)/π(a|s) · A].
@@ -234,8 +233,50 @@ class Trial:
     divergence: float
 
 
+class Problem:
+    """TRPO's problem around π, for this package's core: every state and action is a sample of its exact frequency.
+
+    Args:
+        old: π.
+
+    Attributes:
+        theta: The logits.
+        params: They alone.
+        theta_old: Those of π, ``(S·A,)``.
+        gradient: That of the objective at π, ``(S·A,)``.
+        start: The evaluation of π.
+    """
+
+    def __init__(self, old: Solved) -> None:
+        self._old = old
+        self._weights = old.visits / old.visits.sum()
+        self._frequencies = self._weights.unsqueeze(1) * old.log_policy.exp()
+        self.theta = old.log_policy.clone().requires_grad_()
+        self.params = [self.theta]
+        self.theta_old = flatten([old.log_policy])
+        self.gradient = flatten(torch.autograd.grad(self._objective(), self.theta))
+        self.start = self.evaluate()
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Evaluate the logits as they are now."""
+        return Evaluation(float(self._objective()), float(self._weights @ kl(self._old, self.theta)))
+
+    def fisher(self, damping: float) -> GaussNewtonProduct:
+        """Products with E[∇log π ∇log πᵀ] + λI, whose first part is a Gauss-Newton matrix in log π."""
+
+        def log_probabilities() -> tuple[Tensor, Metric]:
+            return self.theta.log_softmax(1), lambda v: self._frequencies * v
+
+        return GaussNewtonProduct([log_probabilities], self.params, damping)
+
+    def _objective(self) -> Tensor:
+        ratio = (self.theta.log_softmax(1) - self._old.log_policy).exp()
+        return (self._frequencies * importance_sampled_surrogate(ratio, self._old.advantages)).sum()
+
+
 def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8) -> Tensor:
-    """TRPO's update by this package's core: every state and action is a sample, weighted with its exact frequency.
+    """TRPO's update by this package's core.
 
     In a tabular softmax F⁻¹∇L is the advantage function, up to scale and a constant in each state: the step is
     π'(a) ∝ π(a) · exp(tA(a)) with one t for all states, where Algorithm 1 has π(a) / (1 - tA(a)).
@@ -245,33 +286,14 @@ def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8) -> Ten
         radius: δ, the bound on the mean KL divergence.
         damping: λ. The Fisher matrix is singular, as a softmax does not notice a constant added to a state's logits.
     """
-    weights = old.visits / old.visits.sum()
-    frequencies = weights.unsqueeze(1) * old.log_policy.exp()
-    theta = old.log_policy.clone().requires_grad_()
-
-    def objective() -> Tensor:
-        ratio = (theta.log_softmax(1) - old.log_policy).exp()
-        return (frequencies * importance_sampled_surrogate(ratio, old.advantages)).sum()
-
-    def log_probabilities() -> tuple[Tensor, Metric]:
-        return theta.log_softmax(1), lambda v: frequencies * v
-
-    gradient = flatten(torch.autograd.grad(objective(), theta))
-    # E[∇log π ∇log πᵀ] is a Gauss-Newton matrix in log π.
-    fisher = GaussNewtonProduct([log_probabilities], [theta], damping)
-    solution = conjugate_gradient(fisher, gradient, max_steps=len(gradient), residual_tol=1e-8)
-    if not solution.curvature > 0:
-        return old.log_policy
-    step = boundary_scale(solution.curvature, radius) * solution.solution
-
-    @torch.no_grad()
-    def trial_at(fraction: float) -> Trial:
-        assign([theta], flatten([old.log_policy]) + fraction * step)
-        return Trial(float(objective()), float(weights @ kl(old, theta)))
-
-    start = trial_at(0.0).objective
-    result = backtracking_line_search(trial_at, Acceptance(start, radius, float(gradient.dot(step))))
-    return theta.detach() if result.trial else old.log_policy
+    problem = Problem(old)
+    steps = len(problem.gradient)
+    direction = natural_direction(problem.fisher(damping), problem, max_steps=steps, residual_tol=1e-8)
+    if direction.is_usable:
+        size = boundary_scale(direction.curvature, radius)
+        test = Acceptance(TrustRegion(radius), problem.start, size * direction.slope)
+        backtrack(problem, direction, size, test.rejection)
+    return problem.theta.detach()
 
 
 UPDATES: dict[str, Update] = {

@@ -1,12 +1,13 @@
 """Trust-region policy optimisation for Stable-Baselines3."""
 
+from sb3_trpo_ext.critic import register_critic
+from sb3_trpo_ext.critic.base import Critic
 from sb3_trpo_ext.maskable import MaskableTRPO
 from sb3_trpo_ext.npg import NPG
+from sb3_trpo_ext.policy.distributions import Family, register_distribution
 from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.sb3.critic import Critic, register_critic
-from sb3_trpo_ext.sb3.distributions import Family, register_family
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.2.0"
@@ -24,5 +25,5 @@ __all__ = [
     "RecurrentTRPO",
     "__version__",
     "register_critic",
-    "register_family",
+    "register_distribution",
 ]

@@ -12,8 +12,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.sb3.buffers import MASKABLE_BUFFERS, by_time
-from sb3_trpo_ext.sb3.distributions import CategoricalFamily, family_of
+from sb3_trpo_ext.policy.distributions import CategoricalFamily, family_of
+from sb3_trpo_ext.rollout.buffers import MASKABLE_BUFFERS, by_time
 from sb3_trpo_ext.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")

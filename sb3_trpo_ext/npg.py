@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
+from sb3_trpo_ext.core.arguments import check_number, check_schedule
 from sb3_trpo_ext.core.natural_step import Direction, backtrack, boundary_scale
-from sb3_trpo_ext.sb3.checks import check_number, check_schedule
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyProblem
+from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
 
 
 class NPG(NaturalGradientAlgorithm):
@@ -114,7 +114,7 @@ class NPG(NaturalGradientAlgorithm):
         """α in force."""
         if self.step_size is None:
             return boundary_scale(direction.boundary_curvature, self.trust_region_radius())
-        return check_number("step_size", self._in_force(self.step_size))
+        return check_number("step_size", self._current_value(self.step_size))
 
 
 def _rejection(evaluation: PolicyEvaluation, fraction: float) -> str:

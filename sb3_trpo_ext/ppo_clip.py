@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -11,12 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_schedule
 from sb3_trpo_ext.core.objectives import clipped_surrogate
-from sb3_trpo_ext.sb3.algorithm import plain
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.checks import check_schedule
-from sb3_trpo_ext.sb3.first_order import FirstOrderAlgorithm
-from sb3_trpo_ext.sb3.policy_problem import PolicyEvaluation
+from sb3_trpo_ext.policy.problem import PolicyEvaluation
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.training.base import plain
+from sb3_trpo_ext.training.first_order import FirstOrderAlgorithm
 
 
 class PPOClip(FirstOrderAlgorithm):
@@ -103,9 +103,7 @@ class PPOClip(FirstOrderAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
-        *,
-        max_kl: float | None = None,
-        fast_rollouts: bool | Literal["exact"] = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -131,8 +129,7 @@ class PPOClip(FirstOrderAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            max_kl=max_kl,
-            fast_rollouts=fast_rollouts,
+            **kwargs,
         )
         self.clip_range = clip_range
         self.target_kl = target_kl
@@ -159,10 +156,10 @@ class PPOClip(FirstOrderAlgorithm):
     def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
         if self.target_kl is None:
             return False
-        exceeded = float(approx_kl) > 1.5 * self._in_force(self.target_kl)
+        exceeded = float(approx_kl) > 1.5 * self._current_value(self.target_kl)
         if exceeded and self.verbose >= 1:
             print(f"{type(self).__name__}: epoch {epoch} ended by target_kl, sampled KL {float(approx_kl):.3g}.")
         return exceeded
 
-    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
-        return {"train/clip_range": self._in_force(self.clip_range), **super()._described(evaluation)}
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+        return {"train/clip_range": self._current_value(self.clip_range), **super()._log_entries(evaluation)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -13,19 +13,19 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_number, check_radius
 from sb3_trpo_ext.core.objectives import (
     adapted_penalty,
     bounded_penalty,
     importance_sampled_surrogate,
     searched_penalty,
 )
-from sb3_trpo_ext.sb3.algorithm import UpdateRejectedError, plain
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_number, check_radius
-from sb3_trpo_ext.sb3.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
-from sb3_trpo_ext.sb3.policy_problem import Comparison, PolicyEvaluation, PolicyOutput
-from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.training.base import UpdateRejectedError, plain
+from sb3_trpo_ext.training.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
+from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 LARGEST_KL_COEF = torch.finfo(torch.float32).max ** 0.25
 """(β·‖∇KL‖)² must not overflow, which leaves β and ‖∇KL‖ the fourth root of the largest float32 each."""
@@ -124,9 +124,7 @@ class PPOPenalty(FirstOrderAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
-        *,
-        max_kl: float | None = None,
-        fast_rollouts: bool | Literal["exact"] = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             policy,
@@ -152,8 +150,7 @@ class PPOPenalty(FirstOrderAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
-            max_kl=max_kl,
-            fast_rollouts=fast_rollouts,
+            **kwargs,
         )
         self.target_kl = target_kl
         self.kl_coef = kl_coef
@@ -196,9 +193,9 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _cures(self) -> str:
         return f"a larger `kl_coef`, {super()._cures()}"
 
-    def _prepared(self, batch: Batch, problem: Comparison | RecomputedComparison) -> Batch:
-        assert isinstance(problem, Comparison)  # see loss_needs_old_z
-        return replace(batch, old_z=problem.old_z)
+    def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
+        assert isinstance(comparison, Comparison)  # see loss_needs_old_z
+        return replace(batch, old_z=comparison.old_z)
 
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         output = PolicyOutput.after_evaluation(self.policy, part)
@@ -208,11 +205,11 @@ class PPOPenalty(FirstOrderAlgorithm):
         penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
         return penalty - mean(importance_sampled_surrogate(ratio, advantages)), penalty.detach()
 
-    def _described(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {
             "train/kl_coef": self.kl_coef,
             "train/target_kl": self._target(),
-            **super()._described(evaluation),
+            **super()._log_entries(evaluation),
         }
 
     def _adapt(self, ascent: Ascent) -> None:
@@ -243,7 +240,7 @@ class PPOPenalty(FirstOrderAlgorithm):
 
     def _target(self) -> float:
         """d_targ in force."""
-        return check_number("target_kl", self._in_force(self.target_kl), positive=True)
+        return check_number("target_kl", self._current_value(self.target_kl), positive=True)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return *super()._checkpoints(), Attributes(self, "kl_coef", "_search_factor")

@@ -60,24 +60,8 @@ class RecurrentRollouts(RecurrentPPO):
                 f"{error}. Wrap the environment in gymnasium.wrappers.FlattenObservation, which encodes it one-hot."
             ) from error
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Begin in another environment from hidden states of zero; arguments as in SB3."""
-        before = self.env
-        super().set_env(env, force_reset)
-        if force_reset or self.env is not before:
-            self._forget_states()
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: torch.device | str = "auto",
-    ) -> None:
-        """Take over parameters: hidden states of the last ones mean nothing to them; arguments as in SB3."""
-        super().set_parameters(load_path_or_dict, exact_match, device)
-        self._forget_states()
-
-    def _forget_states(self) -> None:
+    def _forget(self) -> None:
+        """Begin from hidden states of zero: those of another policy, or environment, mean nothing."""
         states = self._last_lstm_states
         if states is not None:
             self._last_lstm_states = RNNStates(*(tuple(map(torch.zeros_like, pair)) for pair in states))

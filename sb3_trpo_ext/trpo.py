@@ -11,17 +11,18 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
 from sb3_trpo_ext.core.vectors import flatten
-from sb3_trpo_ext.sb3.batch import Batch
-from sb3_trpo_ext.sb3.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.sb3.checks import check_fraction, check_integer, check_number, check_rollout_size
-from sb3_trpo_ext.sb3.natural_gradient import NaturalGradientAlgorithm, PolicyStep
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
-from sb3_trpo_ext.sb3.regions import LargestRegion, MeanRegion, Penalty
-from sb3_trpo_ext.sb3.reuse import PastRollout, joined, shared_radius
-from sb3_trpo_ext.sb3.transaction import Attributes, Restorable
+from sb3_trpo_ext.policy.problem import PolicyProblem
+from sb3_trpo_ext.policy.regions import LargestRegion, MeanRegion, Penalty
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined, shared_radius
+from sb3_trpo_ext.training.arguments import check_rollout_size
+from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
+from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 
 class TRPO(NaturalGradientAlgorithm):
@@ -69,10 +70,10 @@ class TRPO(NaturalGradientAlgorithm):
             minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
             ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
             for sb3-contrib keeps its meaning.
-        critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_steps``,
+        critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_iterations``,
             ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
-            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30, ``n_steps``
-            3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
+            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,
+            ``n_iterations`` 3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
             of A dimensions: δ = target_kl · A and λ = cg_damping · A. That is what averaging the KL over dimensions
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's
@@ -315,10 +316,13 @@ class TRPO(NaturalGradientAlgorithm):
         kind = LargestRegion if self.trust_region == "max" else MeanRegion
         return kind(self.trust_region_radius())
 
-    def _seen_by_policy(self, batch: Batch, chunk_size: int | None) -> Batch:
-        """The rollout, and those of the last policies as the policy sees them now."""
+    def _begin_update(self) -> None:
+        """Forget what was remembered of another policy, or of parameters that were not left by an update."""
         if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
-            self._forget()  # another policy, or parameters that no update made
+            self._forget()
+
+    def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
+        """The rollout, and those of the last policies as the policy sees them now."""
         past = [
             rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
             for rollout in self._past_rollouts
@@ -340,9 +344,9 @@ class TRPO(NaturalGradientAlgorithm):
         penalty = "a number for `kl_penalty`" if self.kl_penalty == "theory" else "a larger `kl_penalty`"
         return cures.replace("a smaller `target_kl`", penalty)
 
-    def _described(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
+    def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         record = {"train/is_line_search_success": float(not step.reason), "train/step_fraction": step.fraction}
         if self.momentum:
             rolls = step.direction is not None and step.direction.vector is not problem.gradient
             record["train/momentum"] = self.momentum if rolls else 0.0
-        return super()._described(problem, step) | record
+        return super()._log_entries(problem, step) | record

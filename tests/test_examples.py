@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,9 +36,13 @@ def test_an_environment_of_ones_own_is_learnt() -> None:
     assert before < -20 < -8 < after
 
 
-def test_a_distribution_of_ones_own_is_learnt() -> None:
-    printed = run("-W", "error", str(EXAMPLES / "beta_policy.py"), "--timesteps", "80000")
-    assert float(printed.split("mean return")[1].split("±")[0]) > -700  # a random policy: -1200
+@pytest.mark.parametrize(
+    ("timesteps", "reached"),
+    [(8192, -math.inf), pytest.param(80_000, -700, marks=pytest.mark.slow)],  # a random policy: -1200
+)
+def test_a_distribution_of_ones_own_is_learnt(timesteps: int, reached: float) -> None:
+    printed = run("-W", "error", str(EXAMPLES / "beta_policy.py"), "--timesteps", str(timesteps))
+    assert reached < float(printed.split("mean return")[1].split("±")[0]) <= 0
 
 
 def test_callbacks_see_evaluations_checkpoints_and_updates(tmp_path: Path) -> None:
@@ -55,6 +60,7 @@ def test_the_script_of_sb3_contrib_runs_unchanged() -> None:
     assert "at 4096 steps went on to 8192 here" in printed[2]
 
 
+@pytest.mark.slow  # the programs themselves: tests/zoo/test_programs.py
 def test_the_zoo_trains_enjoys_records_and_plots(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / "zoo_cartpole.sh"), str(tmp_path), "4096"]
@@ -135,7 +141,8 @@ def test_the_learning_benchmark_runs_what_is_missing_and_reports(tmp_path: Path)
 
 
 def test_the_report_on_learning_makes_tables_and_figures(tmp_path: Path) -> None:
-    printed = run(str(EXAMPLES / "benchmarks" / "report.py"), "--figures", str(tmp_path))
+    few = "import sys, report; report.RESAMPLES = 50; sys.argv[1:] = ['--figures', sys.argv[1]]; report.main()"
+    printed = run("-c", few, str(tmp_path), PYTHONPATH=str(EXAMPLES / "benchmarks"))
     assert "| Hopper-v5 (300k) |" in printed and "| TRPO | 0." in printed
     for name in ("learning_curves.png", "learning_aggregates.png", "step_sizes.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

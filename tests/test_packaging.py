@@ -1,4 +1,4 @@
-"""What is built and installed is the whole package and nothing else."""
+"""What is built and installed is the whole package and nothing else; what the documents point at is there."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ import sb3_trpo_ext
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"}
-SUFFIXES = {".py", ".yml", ".typed", ".sh", ".md", ".gz", ".json", ".png"}
+SUFFIXES = {".py", ".yml", ".typed", ".sh", ".md", ".gz", ".json", ".png", ".zip"}
 """Of the files that belong to the project in the folders that are packed."""
 
 
@@ -98,3 +98,28 @@ def test_the_version_is_stated_once_and_has_its_changes_listed() -> None:
     assert f"## [{sb3_trpo_ext.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in project and not re.search(r"^version *=", project, re.MULTILINE)
+
+
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", *sources("examples")) if name.endswith(".md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(r"(?<![\w./:-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|gz|png|json|yml|sh)\b")
+"""A file that is named with its folder, in prose or in a command."""
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a document can lead: what its headings become."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_file_names_lead_somewhere(page: Path) -> None:
+    text, wrong = page.read_text(), []
+    for target in LINK.findall(text):
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        if not target.startswith("https://") and not (there.exists() and (not anchor or anchor in anchors(there))):
+            wrong.append(target)
+    bases = (page.parent, ROOT, ROOT / "sb3_trpo_ext")
+    wrong += [name for name in PATH.findall(text) if not any((base / name).exists() for base in bases)]
+    assert not wrong

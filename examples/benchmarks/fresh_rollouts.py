@@ -21,7 +21,7 @@ Both are paired with their reference, over all ages, with the 95 % Student-t int
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,14 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
+from sb3_trpo_ext.core.natural_step import natural_direction
 from sb3_trpo_ext.core.vectors import assign, flatten
-from sb3_trpo_ext.sb3.batch import Batch, consistent_evaluation
-from sb3_trpo_ext.sb3.buffers import whole_rollout
-from sb3_trpo_ext.sb3.critic import GaussNewtonCritic
-from sb3_trpo_ext.sb3.policy_problem import PolicyProblem
+from sb3_trpo_ext.critic.base import Regression
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.problem import Comparison, PolicyProblem
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 TABLE = RESULTS / "fresh_rollouts.csv.gz"
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5")
@@ -94,10 +96,9 @@ def value_name(setting: dict[str, Any]) -> str:
 
 
 def merged(batches: list[Batch]) -> Batch:
-    """Several rollouts as one batch."""
-    names = [name for name, value in vars(batches[0]).items() if value is not None]
-    columns = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in names}
-    return Batch(**columns | {"weights": columns["weights"] / len(batches)})
+    """Several rollouts as one batch, a copy."""
+    joined = Batch.joined(batches)
+    return replace(joined, **{**joined.rows(torch.clone), "weights": joined.weights / len(batches)})
 
 
 def rollout(model: Any) -> Batch:
@@ -107,7 +108,7 @@ def rollout(model: Any) -> Batch:
     return merged([whole_rollout(model.rollout_buffer, model.action_space)])
 
 
-def scaled_to_radius(problem: PolicyProblem, params: Any, theta: Tensor, direction: Tensor, radius: float) -> Tensor:
+def scaled_to_radius(problem: Comparison, params: Any, theta: Tensor, direction: Tensor, radius: float) -> Tensor:
     """The direction scaled until the mean KL divergence on the problem's batch is the radius, by bisection."""
     low, high = 0.0, 1.0
 
@@ -123,35 +124,34 @@ def scaled_to_radius(problem: PolicyProblem, params: Any, theta: Tensor, directi
     return low * direction
 
 
-def gains(model: Any, batch: Batch, fresh: PolicyProblem) -> dict[str, tuple[float, float, int]]:
+def gains(model: Any, batch: Batch, fresh: Comparison) -> dict[str, tuple[float, float, int]]:
     """For each setting: gain in-sample, gain on fresh rollouts, conjugate-gradient steps taken."""
     problem = PolicyProblem(model.policy, batch)
-    gradients = problem.gradients()
-    params, g = list(gradients), flatten(list(gradients.values()))
+    params, theta = problem.params, problem.theta_old
     damping = model.cg_damping * model._action_dimensions()
     solutions = {  # all of them before the parameters move under the graph that they share
-        setting: conjugate_gradient(
-            problem.fisher(params, damping, setting.samples),
-            g,
+        setting: natural_direction(
+            problem.fisher(damping, setting.samples),
+            problem,
             max_steps=setting.max_steps,
             residual_tol=setting.residual_tol,
         )
         for setting in sorted(SETTINGS, key=lambda setting: setting.samples is not None)
     }
-    theta, found = flatten(params).detach(), {}
+    found = {}
     for setting, solution in solutions.items():
-        direction = solution.solution / solution.solution.norm()
+        direction = solution.x / solution.x.norm()
         assign(params, theta + scaled_to_radius(fresh, params, theta, direction, model.trust_region_radius()))
         in_sample = problem.evaluate().objective - problem.start.objective
         on_fresh = fresh.evaluate().objective - fresh.start.objective
-        found[str(setting)] = in_sample, on_fresh, solution.steps
+        found[str(setting)] = in_sample, on_fresh, solution.cg.steps
     assign(params, theta)
     return found
 
 
 def fits(model: Any, batch: Batch, fresh: Batch) -> dict[str, tuple[float, float]]:
     """For each setting of the critic: error left on the rollout, and on fresh ones, relative to before the fit."""
-    actor = frozenset(PolicyProblem(model.policy, batch).gradients())
+    actor = frozenset(PolicyProblem(model.policy, batch).gradients)
     params = [param for param in model.policy.parameters() if param not in actor]
     theta, found = flatten(params).detach().clone(), {}
 
@@ -165,7 +165,7 @@ def fits(model: Any, batch: Batch, fresh: Batch) -> dict[str, tuple[float, float
 
     before = errors()
     for setting in VALUE_SETTINGS:
-        GaussNewtonCritic(**setting).fit(model.policy, batch, actor)
+        GaussNewtonCritic(**setting).fit(Regression(model.policy, batch, actor))
         after = errors()
         found[value_name(setting)] = after[0] / before[0], after[1] / before[1]
         assign(params, theta)
@@ -188,8 +188,7 @@ def measure(env_id: str, seed: int) -> list[dict[str, Any]]:
         env.training = False
         with consistent_evaluation(model.policy):
             fresh_batch = merged([rollout(model) for _ in range(FRESH_ROLLOUTS)]).with_normalized_advantages()
-            fresh = PolicyProblem(model.policy, fresh_batch)
-            fresh.evaluate()
+            fresh = Comparison(model.policy, fresh_batch)
             for _ in range(ROLLOUTS):
                 batch = rollout(model).with_normalized_advantages()
                 record: dict[str, Any] = {"env": env_id, "age": age, "seed": seed}

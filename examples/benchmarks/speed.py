@@ -224,10 +224,10 @@ class PhaseClock:
         return timed
 
     def _mark_the_critic(self) -> None:
-        """Note where the critic begins: ours makes one, contrib's asks the buffer for its first minibatch."""
+        """Note where the critic begins: ours fits one, contrib's asks the buffer for its first minibatch."""
         model = self._model
-        if hasattr(model, "_make_critic"):
-            owner, name, begins = model, "_make_critic", lambda *args: True
+        if hasattr(model, "value_critic"):
+            owner, name, begins = model.value_critic, "fit", lambda *args: True
         elif hasattr(model, "n_critic_updates"):
             owner, name, begins = model.rollout_buffer, "get", lambda *args: args == (model.batch_size,)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentTRPO
+from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "trpo": TRPO,
@@ -16,6 +16,8 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     "ppo_clip": PPOClip,
     "ppo_penalty": PPOPenalty,
     "trpo_lstm": RecurrentTRPO,
+    "npg_lstm": RecurrentNPG,
+    "ppo_clip_lstm": RecurrentPPOClip,
     "trpo_mask": MaskableTRPO,
 }
 """Names in the zoo, as for ``--algo``. ``trpo`` takes the place of sb3-contrib's."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
-from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
+from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_lstm_params, sample_ppo_params
 
 Params = dict[str, Any]
 
@@ -90,7 +90,7 @@ def sample_natural_gradient_params(trial: optuna.Trial, n_actions: int, n_envs: 
 
 
 def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
-    """RecurrentTRPO."""
+    """RecurrentTRPO and RecurrentNPG."""
     return convert_recurrent_params(
         {
             **suggest_natural_gradient(trial, n_envs),
@@ -123,6 +123,8 @@ SAMPLERS: dict[str, Callable[[optuna.Trial, int, int, Params], Params]] = {
     "ppo_clip": sample_ppo_params,  # the same algorithm, so the zoo's own space
     "ppo_penalty": sample_ppo_penalty_params,
     "trpo_lstm": sample_recurrent_params,
+    "npg_lstm": sample_recurrent_params,
+    "ppo_clip_lstm": sample_ppo_lstm_params,
     "trpo_mask": sample_natural_gradient_params,
 }
 
@@ -132,5 +134,7 @@ CONVERTERS: dict[str, Callable[[Params], Params]] = {
     "ppo_clip": convert_onpolicy_params,
     "ppo_penalty": convert_onpolicy_params,
     "trpo_lstm": convert_recurrent_params,
+    "npg_lstm": convert_recurrent_params,
+    "ppo_clip_lstm": convert_onpolicy_params,
     "trpo_mask": convert_natural_gradient_params,
 }

@@ -60,7 +60,7 @@ def test_train_evaluate_checkpoint_enjoy_record_and_plot(zoo: Any, capsys: pytes
     assert "<svg" in Path("figure.svg").read_text()
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_clip", "ppo_penalty", "trpo_lstm"])
+@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_clip", "ppo_penalty", "trpo_lstm", "npg_lstm", "ppo_clip_lstm"])
 def test_a_run_is_continued_where_it_stopped(zoo: Any, algo: str) -> None:
     settings = [*SHORT, 'learning_rate:"lin_0.001"', "normalize:True"]
     train(zoo, algo, "Pendulum-v1", 128, "--eval-freq", "-1", *settings)
@@ -171,9 +171,10 @@ def test_masks_that_gymnasium_keeps_in_its_info() -> None:
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", "trpo", "--env", "CartPole-v1", "-n", "500"]
+    command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", "trpo", "--env", "CartPole-v1", "-n", "200"]
     command += ["--optimize-hyperparameters", "--storage", storage, "--study-name", "shared", "--n-trials", "2"]
     command += ["--no-optim-plots", "-f", str(tmp_path / "logs"), "--device", "cpu", "--eval-episodes", "1"]
+    command += ["--hyperparams", "n_envs:1"]
     optuna.create_study(storage=storage, study_name="shared", direction="maximize")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) for _ in range(2)]

@@ -61,7 +61,7 @@ def sampled(algo: str, number: int) -> tuple[optuna.trial.FrozenTrial, dict[str,
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_what_is_sampled_makes_a_model(algo: str) -> None:
     env = make_vec_env("Masked-v0", n_envs=4)
-    policy = "MlpLstmPolicy" if algo == "trpo_lstm" else "MlpPolicy"
+    policy = "MlpLstmPolicy" if algo.endswith("_lstm") else "MlpPolicy"
     critics = set()
     for number in range(6):
         _, arguments = sampled(algo, number)
@@ -90,7 +90,7 @@ def test_a_long_minibatch_is_cut_to_the_rollout() -> None:
     assert trial.user_attrs["batch_size"] == 512
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg", "trpo_lstm", "trpo_mask"])
+@pytest.mark.parametrize("algo", ["trpo", "npg", "trpo_lstm", "npg_lstm", "trpo_mask"])
 def test_the_space_covers_what_matters(algo: str) -> None:
     names = set(sampled(algo, 0)[0].distributions)
     assert names >= {"target_kl", "cg_damping", "cg_max_steps", "critic", "one_minus_gamma", "one_minus_gae_lambda"}

@@ -1,0 +1,254 @@
+"""A torch optimiser's steps on one flat vector."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sb3_trpo_ext.core.parameters import trainable
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
+from sb3_trpo_ext.core.vectors import flatten, unflatten
+
+LARGEST_FLAT = 2**18
+"""Numbers above which copying the vector takes longer than the small calls that it saves, but for the fused kernel."""
+
+_TORCHS_CODE = str(Path(torch.__file__).parent)
+
+
+class FlatOptimizer:
+    """Lets Adam step all parameters as one vector: the same numbers, without ten small calls for each parameter.
+
+    Adam treats every number by itself, so the steps are bit for bit those of the optimiser. Between ``zero_grad`` and
+    the step all is as in SB3: the gradients are in ``p.grad``, scaled, and stay there. The optimiser's own state is up
+    to date when the block is left, by an exception too.
+
+    An optimiser of another kind, of many parameters, in a state that has no flat form (several groups, parameters that
+    are not its own or that have taken different numbers of steps), or with something attached that could look at it
+    between two steps (a hook of the optimiser, of all optimisers, of a parameter or a module; a method replaced, as
+    learning rate schedulers do), steps itself.
+
+    Args:
+        optimizer: The optimiser.
+        module: Whose trainable parameters it moves.
+        frozen: Parameters that are not to be moved; in the block they have no gradient, afterwards that from before.
+        fused: Run Adam as one kernel where torch has one; it rounds differently in the last bit.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: nn.Module,
+        frozen: AbstractSet[nn.Parameter] = frozenset(),
+        *,
+        fused: bool = False,
+    ) -> None:
+        self._optimizer = optimizer
+        self._frozen = frozen
+        self._fused = fused
+        self._params = [param for param in trainable(module) if param not in frozen]
+        self._by_itself = (
+            _is_observed(optimizer, module)
+            or len(optimizer.param_groups) > 1
+            or (not fused and sum(param.numel() for param in self._params) > LARGEST_FLAT)
+            or not {*self._params} <= {*optimizer.param_groups[0]["params"]} <= {*module.parameters()}
+            or any(optimizer.param_groups[0].get(flag) for flag in ("foreach", "capturable", "differentiable", "fused"))
+        )
+        self._reached: list[nn.Parameter] = []
+        self._flat: _FlatAdam | None = None
+        self._set_aside: list[tuple[nn.Parameter, Tensor | None]] = []
+
+    def __enter__(self) -> FlatOptimizer:
+        """Nothing is laid out before the first step shows which parameters have gradients."""
+        self._set_aside = [(param, param.grad) for param in self._frozen]
+        for param in self._frozen:
+            param.grad = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Bring the optimiser's state up to date."""
+        self._write_back()
+        for param, grad in self._set_aside:
+            param.grad = grad
+
+    def descend(self, loss: Tensor, max_norm: float | None = None, *, reduction: Reduction = ALONE) -> bool:
+        """Step the parameters that a loss reaches along its gradient.
+
+        Args:
+            loss: A scalar with its graph, which is released.
+            max_norm: The gradient is scaled down to this norm if its own is larger; None to leave it as it is.
+            reduction: Of whose samples the loss is a share.
+
+        Returns:
+            False, and nothing has moved, if ``max_norm`` is given and the gradient's norm is not finite.
+        """
+        if self._by_itself:
+            self._optimizer.zero_grad()
+        else:
+            for param in self._params:
+                param.grad = None
+        if not self._backward(loss):
+            return True
+        reached = [param for param in self._params if param.grad is not None]
+        if reduction.workers > 1:
+            _set_gradients(reached, reduction.gradients(_gradients(reached)))
+        if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
+            return False
+        self._step(reached)
+        return True
+
+    def _step(self, reached: list[nn.Parameter]) -> None:
+        """Step along the gradients, by the flat Adam where that may."""
+        if self._by_itself or not reached:
+            self._optimizer.step()
+            return
+        if len(reached) != len(self._reached) or any(a is not b for a, b in zip(reached, self._reached, strict=True)):
+            self._write_back()
+            self._reached = reached
+            if _has_a_flat_form(self._optimizer, reached):
+                self._flat = _FlatAdam(self._optimizer, reached, fused=self._fused)
+        if self._flat is not None:
+            self._flat.step()
+        else:
+            self._optimizer.step()
+
+    def _backward(self, loss: Tensor) -> bool:
+        """Fill in the gradients of what is to be moved; False if nothing that the loss is made of can move."""
+        if not loss.requires_grad:
+            return False
+        if not self._frozen:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif self._params:  # without what only the frozen ones need
+            loss.backward(inputs=self._params)  # type: ignore[no-untyped-call]
+        return True
+
+    def _write_back(self) -> None:
+        flat, self._flat, self._reached = self._flat, None, []
+        if flat is not None:
+            flat.write_back(self._optimizer)
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of several tensors together, rounded as `torch.nn.utils.clip_grad_norm_` rounds it."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
+def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def _set_gradients(params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+
+
+def _clip(gradients: list[Tensor], max_norm: float) -> bool:
+    """`torch.nn.utils.clip_grad_norm_`, but of a norm that is finite alone; whether it is."""
+    norm = gradient_norm(gradients)
+    finite = math.isfinite(norm)
+    if finite:
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return finite
+
+
+class _FlatAdam:
+    """Torch's own Adam on a flat copy of some parameters, with a flat copy of an optimiser's state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], *, fused: bool) -> None:
+        self._params = params
+        self._vector = nn.Parameter(flatten(params).detach())
+        self._views = list(unflatten(self._vector.detach(), params))
+        kind = torch.optim.AdamW if isinstance(optimizer, torch.optim.AdamW) else torch.optim.Adam
+        self._adam = kind([self._vector])
+        group = self._adam.param_groups[0]
+        group.update({key: value for key, value in optimizer.param_groups[0].items() if key != "params"})
+        group["fused"] = True if fused and has_fused_adam(self._vector.device.type) else None
+        # The fused kernel wants the number of steps where the parameters are, the plain one on the CPU.
+        step_device = self._vector.device if group["fused"] else torch.device("cpu")
+        states = [optimizer.state[param] for param in params if param in optimizer.state]
+        if states:
+            self._adam.state[self._vector] = {
+                key: value.to(step_device, copy=True) if key == "step" else flatten([state[key] for state in states])
+                for key, value in states[0].items()
+            }
+
+    def step(self) -> None:
+        """One step of Adam along the parameters' gradients, which brings the parameters along."""
+        self._vector.grad = flatten(_gradients(self._params))
+        self._adam.step()
+        self._bring_along()
+
+    @torch.no_grad()
+    def _bring_along(self) -> None:
+        torch._foreach_copy_(list[Tensor](self._params), self._views)
+
+    def write_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimiser the state that it would have."""
+        for key, value in self._adam.state[self._vector].items():
+            pieces = [value] * len(self._params) if key == "step" else unflatten(value, self._params)
+            for param, piece in zip(self._params, pieces, strict=True):
+                optimizer.state[param][key] = piece.clone()
+
+
+def _has_a_flat_form(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> bool:
+    """Whether one vector can stand for the parameters that have gradients."""
+    states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in params]
+    steps = {float(state["step"]) if "step" in state else None for state in states}
+    kinds = {(param.device, param.dtype, None if param.grad is None else param.grad.layout) for param in params}
+    return len(steps) == 1 and len(kinds) == 1 and kinds.pop()[2] is torch.strided
+
+
+def _is_observed(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether a step may be anything but torch's Adam, or somebody may look at the optimiser between two steps."""
+    kind = type(optimizer)
+    return (
+        kind not in (torch.optim.Adam, torch.optim.AdamW)
+        or not vars(optimizer).keys() <= _own_attributes(kind)
+        or not all(_is_torchs(getattr(kind, method)) for method in ("step", "zero_grad"))
+        or _has_hooks(vars(optimizer))
+        or _has_hooks(vars(sys.modules[torch.optim.Optimizer.__module__]))
+        or _has_hooks(vars(nn.modules.module))
+        or any(_has_hooks(vars(each)) for each in module.modules())
+        or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in module.parameters())
+    )
+
+
+def _has_hooks(attributes: Mapping[str, Any]) -> bool:
+    return any(name.endswith("_hooks") and isinstance(value, dict) and value for name, value in attributes.items())
+
+
+@cache
+def _own_attributes(kind: type[torch.optim.Optimizer]) -> frozenset[str]:
+    """What an optimiser has of itself; whoever replaces one of its methods adds to it."""
+    return frozenset(vars(kind([torch.zeros(1)])))  # type: ignore[call-arg]
+
+
+def _is_torchs(method: Any) -> bool:
+    """Whether a method, and all that it is wrapped in, is torch's own code."""
+    while method is not None:
+        code = getattr(method, "__code__", None)
+        if code is None or not code.co_filename.startswith(_TORCHS_CODE):
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
+
+
+@cache
+def has_fused_adam(device: str) -> bool:
+    """Whether torch has Adam as one kernel for a type of device."""
+    try:
+        torch.optim.Adam([torch.zeros(1, device=device)], fused=True)
+    except RuntimeError:
+        return False
+    return True

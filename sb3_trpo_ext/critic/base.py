@@ -1,0 +1,120 @@
+"""The value-function fits. None of them moves a parameter that the policy's output reaches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from torch import Tensor, nn
+
+from sb3_trpo_ext.core.parameters import trainable
+from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.known_policies import owner_of
+
+KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
+"""Policies whose V goes from the critic's features through its MLP."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What a critic is asked to do: fit V(s) to the returns R of one rollout.
+
+    Attributes:
+        policy: The policy; ``policy.optimizer`` has the learning rate in force.
+        batch: The samples of the rollout.
+        frozen: Parameters that must stay as they are: the actor's.
+        minibatches: One epoch of minibatches of `batch`, or of that with other observations.
+        epochs: The model's ``n_critic_updates``.
+        curvature_samples: The model's, or None.
+        chunk_size: Most samples in one forward pass; None for all at once.
+        minibatches_are_parts: Whether they are cut from what they are given; a buffer of the user's deals out its own.
+    """
+
+    policy: ActorCriticPolicy
+    batch: Batch
+    frozen: AbstractSet[nn.Parameter] = frozenset()
+    minibatches: Callable[[Batch], Iterator[Batch]] = lambda batch: iter([batch])
+    epochs: int = 1
+    curvature_samples: int | None = None
+    chunk_size: int | None = None
+    minibatches_are_parts: bool = True
+
+
+class Critic(ABC):
+    """Fits V(s) to the returns of one rollout after the other.
+
+    A model makes one, from its ``critic`` and ``critic_kwargs``, and keeps it. What `state_dict` returns is saved and
+    loaded with the model, and restored when an update is undone.
+    """
+
+    @abstractmethod
+    def fit(self, regression: Regression) -> float:
+        """Fit V, leaving the frozen parameters as they are.
+
+        Returns:
+            The mean squared error E[(V(s) - R)²].
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the critic has learnt beside the policy's parameters; empty for one without state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Take over what `state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {', '.join(state)}.")
+
+
+class ValueFunction:
+    """V(s) on (parts of) a batch, its features computed once where the fit leaves the extractor alone.
+
+    Args:
+        regression: Whose policy, samples and parameters.
+        keep_features: Whether features may be kept at all.
+
+    Attributes:
+        params: The parameters that it may move.
+        batch: The samples, with features in place of observations if they are fixed.
+    """
+
+    def __init__(self, regression: Regression, *, keep_features: bool = True) -> None:
+        self._policy = policy = regression.policy
+        self._plain: Any = owner_of(policy, "predict_values", KNOWN_VALUES)
+        self.params = [param for param in trainable(policy) if param not in regression.frozen]
+        self.batch = regression.batch
+        self._fixed = keep_features and self._has_fixed_features(len(self.batch))
+        if self._fixed:
+            self.batch = replace(self.batch, observations=self._features(self.batch, regression.chunk_size))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """V on a part of `batch`, ``(N,)``."""
+        if not self._fixed:
+            return batch.values(self._policy)
+        features = batch.inputs
+        assert isinstance(features, Tensor)
+        values: Tensor = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
+        return values.flatten()
+
+    def _has_fixed_features(self, size: int) -> bool:
+        """Whether V is SB3's own, its extractor not to be moved, and the features fit into memory."""
+        if self._plain is None:
+            return False
+        extractor = self._plain.vf_features_extractor
+        moved = set(self.params)
+        bytes_needed = size * extractor.features_dim * torch.finfo(torch.float32).bits // 8
+        return bytes_needed <= MEMORY_BUDGET and not any(param in moved for param in extractor.parameters())
+
+    @torch.no_grad()
+    def _features(self, batch: Batch, chunk_size: int | None) -> Tensor:
+        policy = self._plain
+        extract = BaseModel.extract_features  # what ActorCriticPolicy.predict_values calls
+        return torch.cat(
+            [extract(policy, part.inputs, policy.vf_features_extractor) for part in batch.split(chunk_size)]
+        )

@@ -1,0 +1,1 @@
+"""π_θ on a batch: surrogate, KL divergence, Fisher products."""

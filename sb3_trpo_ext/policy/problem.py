@@ -1,0 +1,272 @@
+"""The optimisation problem of one policy update, as plain functions of the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
+from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
+from sb3_trpo_ext.core.parameters import gradient, trainable
+from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
+from sb3_trpo_ext.rollout.batch import Batch, fits
+from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES, owner_of
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """The policy on the whole batch, compared with π_old.
+
+    Attributes:
+        objective: L(θ) = E[r·Â] + ent_coef · H.
+        divergence: Mean joint KL(π_old‖π_θ), the D of the trust region.
+        kl_max: Largest joint KL(π_old‖π_θ) of a state in the batch.
+        entropy: H, mean entropy of the policy (estimated from samples where it has no closed form).
+        kl_is_sampled: Whether the KL divergences are estimates, for want of a registered family.
+    """
+
+    objective: float
+    divergence: float
+    kl_max: float
+    entropy: float
+    kl_is_sampled: bool = False
+
+    @property
+    def remarks(self) -> dict[str, float]:
+        """What is to be known of the numbers, to be logged beside them."""
+        return {"train/kl_is_sampled": 1.0} if self.kl_is_sampled else {}
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """π(·|s) at the states of a batch, to be used before the policy's next forward pass.
+
+    Attributes:
+        distribution: SB3's object, padding included, which the policy overwrites at the next forward pass.
+        family: Its geometry.
+        z: Its coordinates, ``(N, K)``.
+    """
+
+    distribution: Distribution
+    family: Family
+    z: Tensor
+
+    @classmethod
+    def of(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
+        """Run the policy on a batch."""
+        return cls._read(batch.distribution(policy), batch)
+
+    @classmethod
+    def after_evaluation(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
+        """The same, if ``evaluate_actions`` was the last that the policy was asked on that batch.
+
+        The policies of SB3 and sb3-contrib then still hold the distribution; others are run once more.
+        """
+        if len(batch.split(None)) > 1:  # several passes, of which the policy holds the last one's
+            return cls.of(policy, batch)
+        evaluated = owner_of(policy, "evaluate_actions", KNOWN_POLICIES)
+        if evaluated is None or owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) != evaluated:
+            return cls.of(policy, batch)
+        return cls._read(evaluated.action_dist, batch)
+
+    @classmethod
+    def _read(cls, distribution: Distribution, batch: Batch) -> PolicyOutput:
+        family = family_of(distribution) or SampledFamily(batch.padded(batch.actions), batch.old_log_prob)
+        return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
+
+
+class Comparison:
+    """The policy as it changes, compared on a batch with π_old, what it was when the comparison was made.
+
+    L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] + ent_coef · E[H(π_θ(·|s))] and D(θ) = E[KL(π_old(·|s)‖π_θ(·|s))], over a batch
+    that is visited in chunks.
+
+    Args:
+        policy: The policy at θ_old.
+        batch: The samples.
+        ent_coef: Weight of the entropy bonus.
+        chunk_size: Most samples in one forward pass; None for all at once.
+
+    Attributes:
+        batch: The samples.
+        start: The evaluation at θ_old; its divergence is exactly zero.
+    """
+
+    def __init__(
+        self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
+    ) -> None:
+        self.batch = batch
+        self._policy = policy
+        self._ent_coef = ent_coef
+        self._chunk_size = chunk_size
+        self._chunks = batch.split(chunk_size)
+        self._old: list[Tensor] = []
+        self._kl_is_sampled = False
+        self.start = self._summary(self._first_look())
+        if self._kl_is_sampled:
+            _require_differentiable(policy, self._chunks[0][:1])
+
+    @property
+    def old_z(self) -> Tensor:
+        """The coordinates of π_old at the samples, ``(N, K)``."""
+        return self.batch.in_order(self._old, self._chunk_size)
+
+    @property
+    def max_advantage(self) -> float:
+        """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
+        return float(self.batch.reduction.largest(self.batch.advantages.abs()))
+
+    @torch.no_grad()
+    def evaluate(self) -> PolicyEvaluation:
+        """Evaluate the policy with the parameters it has now, without a graph.
+
+        Where these are beyond what torch takes for a distribution (an infinite σ), the evaluation is all NaN.
+        """
+        shares: list[Tensor] = []
+        try:
+            for chunk, old in zip(self._chunks, self._old, strict=True):
+                output = PolicyOutput.of(self._policy, chunk)
+                shares.append(self._shares(chunk, output, output.family.kl(old, output.z))[1])
+        except ValueError as error:
+            if "to satisfy the constraint" not in str(error):
+                raise
+            shares = [torch.full((4,), math.nan)]
+        return self._summary(shares)
+
+    @torch.no_grad()
+    def _first_look(self) -> list[Tensor]:
+        """What each chunk has a share of, at θ_old."""
+        return [shares for _, _, shares in self._visit()]
+
+    def _visit(self) -> Iterator[tuple[PolicyOutput, Tensor, Tensor]]:
+        """Run the chunks at θ_old: each one's π_old, which is noted, share of L with its graph, and shares of all."""
+        for chunk in self._chunks:
+            output = PolicyOutput.of(self._policy, chunk)
+            if not self._old:
+                check_family(output.family, output.z.detach()[:2])
+            self._old.append(output.z.detach())
+            self._kl_is_sampled = isinstance(output.family, SampledFamily)
+            yield output, *self._shares(chunk, output, output.z.new_zeros(len(output.z)))
+
+    def _shares(self, chunk: Batch, output: PolicyOutput, kl: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk's share of L with its graph, and of (L, E[H], D) with its largest KL, detached."""
+        objective, entropy = self._terms(chunk, output.distribution)
+        return objective, torch.stack(
+            [objective.detach(), entropy.detach(), chunk.mean(kl), chunk.reduction.largest_share(kl)]
+        )
+
+    def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
+        reduction, columns = self.batch.reduction, torch.stack(shares)
+        objective, entropy, divergence = reduction.total(columns[:, :3].sum(dim=0)).tolist()
+        kl_max = float(reduction.largest(columns[:, 3]))
+        return PolicyEvaluation(objective, divergence, kl_max, entropy, self._kl_is_sampled)
+
+    def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
+        """A chunk's shares of L and of the entropy."""
+        log_prob = chunk.unpadded(distribution.log_prob(chunk.padded(chunk.actions)))
+        ratio = torch.exp(log_prob - chunk.old_log_prob)
+        closed_form = distribution.entropy()
+        # Without one (squashed actions), E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has gradient
+        # zero in expectation. 0 log 0 = 0.
+        entropy = -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
+        surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
+        return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
+
+
+class PolicyProblem(Comparison):
+    """Maximise L(θ) subject to D(θ) <= δ around θ_old (Schulman et al. 2015, equation 14).
+
+    Made at θ_old, with one forward and one backward pass a chunk.
+
+    Args:
+        policy: The policy at θ_old.
+        batch: The samples.
+        ent_coef: Weight of the entropy bonus.
+        chunk_size: Most samples in one forward pass; None for all at once.
+
+    Attributes:
+        gradients: ∇L at θ_old of each actor parameter: every trainable one that the policy's output reaches.
+        params: Those parameters.
+        theta_old: Their values, ``(P,)``.
+        gradient: g, the gradients as one vector, ``(P,)``.
+    """
+
+    gradients: dict[nn.Parameter, Tensor]
+
+    def __init__(
+        self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
+    ) -> None:
+        self._graphs: list[PolicyOutput] = []
+        super().__init__(policy, batch, ent_coef=ent_coef, chunk_size=chunk_size)
+        self.params = list(self.gradients)
+        self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(self.gradients.values()))
+
+    def evaluate(self) -> PolicyEvaluation:
+        """Evaluate the policy with the parameters it has now, without a graph; see `Comparison.evaluate`."""
+        self._graphs = []  # those of θ_old, which has been left
+        return super().evaluate()
+
+    def fisher(self, damping: float, samples: int | None = None) -> GaussNewtonProduct:
+        """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
+
+        Where they are all samples, and the graphs that gave the gradient could be kept, these serve the products too.
+        """
+        part, graphs = self.batch.subset(samples), self._graphs
+        self._graphs = []
+        if part is self.batch and graphs:
+            pairs = zip(self._chunks, graphs, strict=True)
+            segments: list[Segment] = [partial(_fisher_segment, chunk, graph) for chunk, graph in pairs]
+            return GaussNewtonProduct(segments, self.params, damping, keep=True)
+        chunks = part.split(self._chunk_size)
+        keep = fits(chunks, self._chunk_size)
+        return GaussNewtonProduct([partial(self._segment, chunk) for chunk in chunks], self.params, damping, keep=keep)
+
+    def _segment(self, chunk: Batch) -> tuple[Tensor, Metric]:
+        return _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
+
+    def _first_look(self) -> list[Tensor]:
+        visited: list[Tensor] = []
+        keep = fits(self._chunks, self._chunk_size)
+
+        def objectives() -> Iterator[Tensor]:
+            for output, objective, shares in self._visit():
+                if keep and output.z.requires_grad:
+                    self._graphs.append(output)
+                visited.append(shares)
+                yield objective
+
+        shares = gradient(objectives(), trainable(self._policy), retain_graph=keep)
+        totals = self.batch.reduction.gradients(list(shares.values()))
+        self.gradients = dict(zip(shares, totals, strict=True))
+        return visited
+
+
+def _fisher_segment(batch: Batch, output: PolicyOutput) -> tuple[Tensor, Metric]:
+    frozen, weights = output.z.detach(), batch.weights.unsqueeze(1)
+    return output.z, lambda v: weights * output.family.metric(frozen, v)
+
+
+def _require_differentiable(policy: ActorCriticPolicy, sample: Batch) -> None:
+    """Refuse a distribution that is not registered and whose log-probability has no gradient.
+
+    Raises:
+        NotImplementedError: If parameters that V does not reach could be trained, and log π(a|s) does not reach them.
+    """
+    with torch.enable_grad():
+        output = PolicyOutput.of(policy, sample)
+        params = trainable(policy)
+        if output.z.requires_grad or len(gradient([sample.values(policy).sum()], params)) == len(params):
+            return
+    name = type(output.distribution).__name__
+    raise NotImplementedError(
+        f"`log_prob` of the action distribution {name} has no gradient, so no parameter of the actor can be trained. "
+        "Compute it from the outputs of the network by torch operations, without `detach` or NumPy."
+    )

@@ -1,0 +1,1 @@
+"""Collecting, and what comes of it."""

@@ -1,0 +1,78 @@
+"""Rollouts of earlier policies, made fit for another update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_trpo_ext.core.advantages import trace_advantages
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import by_time
+
+
+@dataclass(frozen=True)
+class PastRollout:
+    """A rollout as it was collected, kept by reference: SB3's buffers begin a new one with new arrays.
+
+    Attributes:
+        batch: Its T·E samples, ordered by time.
+        rewards: ``(T, E)``, with the value that SB3 adds where an episode was cut off.
+        starts: Whether an episode begins with a step, ``(T + 1, E)``: the last row is about the step that follows.
+        following: Observations after the last step, as the environments gave them.
+    """
+
+    batch: Batch
+    rewards: np.ndarray
+    starts: np.ndarray
+    following: Any
+
+    @classmethod
+    def of(cls, buffer: RolloutBuffer, batch: Batch, following: Any, starts: np.ndarray) -> PastRollout:
+        """What a full buffer holds, with the observations and episode starts that follow it."""
+        begins = by_time(buffer, buffer.episode_starts)
+        return cls(batch, by_time(buffer, buffer.rewards), np.concatenate([begins, starts[None]]), following)
+
+    @torch.no_grad()
+    def seen_by(
+        self, policy: ActorCriticPolicy, *, discount: float, trace_decay: float, chunk_size: int | None
+    ) -> Batch:
+        """Its samples with the advantages that they have for the policy as it is now."""
+        parts = [part.evaluate_actions(policy)[:2] for part in self.batch.split(chunk_size)]
+        values, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
+        last = policy.predict_values(obs_as_tensor(self.following, policy.device)).flatten()
+        shape = self.rewards.shape
+        advantages = trace_advantages(
+            torch.as_tensor(self.rewards).to(values),
+            torch.cat([values, last]).view(shape[0] + 1, shape[1]),
+            1.0 - torch.as_tensor(self.starts[1:]).to(values),
+            torch.exp(log_prob - self.batch.old_log_prob).view(shape),
+            discount=discount,
+            trace_decay=trace_decay,
+        )
+        return replace(self.batch, advantages=advantages.flatten())
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """All samples of several rollouts, each with the same weight."""
+    if len(batches) == 1:
+        return batches[0]
+    batch = Batch.joined(batches)
+    return replace(batch, weights=torch.full_like(batch.weights, 1.0 / batch.reduction.count(len(batch))))
+
+
+def shared_radius(radius: float, rollouts: int) -> float:
+    """The radius of an update whose samples come from the last M policies: (2/(M+1))² of what one rollout may use.
+
+    A sample of the policy i updates ago is left by i + 1 steps, (M+1)/2 in the mean over the M rollouts. Total
+    variation obeys the triangle inequality, and its square is bounded by the KL divergence: with steps shortened by
+    that mean, the samples are left as far in all as by one step of the full radius (Queeney et al. 2022, for uniform
+    weights).
+    """
+    return radius * (2.0 / (rollouts + 1)) ** 2

@@ -1,0 +1,1 @@
+"""The template of an algorithm: collect, check, update as one transaction, log."""

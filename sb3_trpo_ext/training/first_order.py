@@ -1,0 +1,347 @@
+"""What the first-order methods share: epochs of minibatch ascent on a surrogate, and the exact KL they reach."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor
+
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
+from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer, gradient_norm
+from sb3_trpo_ext.core.parameters import gradient, trainable
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
+from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
+from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
+from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
+from sb3_trpo_ext.training.transaction import PolicyCheckpoint, Restorable
+
+KL_CHUNK_SIZE = 2048
+"""Most samples in one forward pass when the exact KL is evaluated."""
+
+KL_CHUNK_BYTES = 3 * 2**19
+"""Bytes that autograd would save of such a pass, if there are more samples in it than in a minibatch."""
+
+OLD_Z_BYTES = 8 * 2**20
+"""Bytes of the coordinates of π_old up to which they are kept where only the exact KL needs them."""
+
+Statistics = dict[str, list[float]]
+
+
+class PolicyDivergedError(UpdateRejectedError):
+    """The update must be undone because of what the policy has become; the critic, if at all, has no part in it."""
+
+
+class RecomputedComparison:
+    """What `Comparison.evaluate` tells, without the coordinates of π_old: the parameters at θ_old are kept instead.
+
+    With thousands of actions the coordinates of a rollout are by far the largest of all that an update holds.
+
+    Args:
+        policy: The policy at θ_old.
+        batch: The samples.
+        chunk_size: Most samples in one forward pass.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, batch: Batch, chunk_size: int) -> None:
+        self._policy = policy
+        self._chunks = batch.split(chunk_size)
+        self._old = PolicyCheckpoint(policy)
+
+    def evaluate(self) -> PolicyEvaluation:
+        """Evaluate the policy with the parameters it has now, chunk by chunk beside those at θ_old."""
+        now, shares = PolicyCheckpoint(self._policy), []
+        for chunk in self._chunks:
+            self._old.restore()
+            comparison = Comparison(self._policy, chunk)
+            now.restore()
+            shares.append(comparison.evaluate())
+        return PolicyEvaluation(
+            objective=sum(share.objective for share in shares),
+            divergence=sum(share.divergence for share in shares),
+            kl_max=float(np.max([share.kl_max for share in shares])),
+            entropy=sum(share.entropy for share in shares),
+        )
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What the epochs of an update did.
+
+    Attributes:
+        statistics: By name, of each minibatch.
+        evaluation: The policy that they leave, on the whole rollout.
+        reached: The mean KL divergence that they reached, in an epoch that was rolled back too.
+        reason: Why nothing of them was kept; empty if something was.
+    """
+
+    statistics: Statistics
+    evaluation: PolicyEvaluation
+    reached: float
+    reason: str = ""
+
+
+class FirstOrderAlgorithm(TrustRegionAlgorithm):
+    """Template: epochs of minibatch steps on a policy loss, plus ``vf_coef`` value losses, less the entropy bonus.
+
+    A subclass implements `_policy_loss`. Its constructor ends with ``_setup_model``. The exact joint KL divergence of
+    the whole rollout is known before the first epoch and after the last, and after each where ``max_kl`` bounds it.
+
+    Args:
+        policy: As in SB3.
+        env: As in SB3.
+        batch_size: Those arguments that follow are documented where the user meets them, in `PPOClip`.
+    """
+
+    loss_statistic: ClassVar[str]
+    """The name under which what `_policy_loss` returns beside the loss is logged."""
+
+    loss_needs_old_z: ClassVar[bool] = False
+    """Whether `_policy_loss` needs the coordinates of π_old."""
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        batch_size: int,
+        n_epochs: int,
+        clip_range_vf: float | Schedule | None,
+        normalize_advantage: bool,
+        max_kl: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._refuse(kwargs)
+        super().__init__(policy, env, **kwargs)
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.max_kl = max_kl
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(plain(self.clip_range_vf))
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.normalize_advantage and self.batch_size <= 1:
+            raise AssertionError(
+                f"`batch_size` must be greater than 1 to normalise advantages, got {self.batch_size}. Raise it or pass "
+                "normalize_advantage=False."
+            )
+        for name in ("batch_size", "n_epochs"):
+            check_integer(name, getattr(self, name))
+        if isinstance(self.clip_range_vf, (int, float)):
+            if not self.clip_range_vf > 0:
+                raise AssertionError(
+                    f"`clip_range_vf` must be positive, got {self.clip_range_vf}; pass `None` to deactivate value "
+                    "clipping."
+                )
+        elif self.clip_range_vf is not None:
+            check_schedule("clip_range_vf", self.clip_range_vf, hint="Pass None to switch value clipping off.")
+        if self.max_kl is not None:
+            check_number("max_kl", self.max_kl, positive=True, hint="Pass None for no bound.")
+        if self.env is not None:
+            check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
+            check_minibatches(self.n_steps, self.n_envs, self.batch_size)
+
+    @abstractmethod
+    def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the objective on a minibatch that the policy was just run on, and the `loss_statistic`.
+
+        Args:
+            part: The minibatch.
+            ratio: r = π_θ(a|s)/π_old(a|s), with its graph.
+            advantages: Â, standardised if asked for.
+        """
+
+    def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
+        """Whether the sampled KL estimate of a minibatch ends the update before its step."""
+        return False
+
+    def _cures(self) -> str:
+        bound = "" if self.max_kl is None else "a larger `max_kl`, "
+        return f"{bound}a smaller `learning_rate`, a smaller `max_grad_norm`, {super()._cures()}"
+
+    def _update(self) -> Outcome:
+        record: dict[str, float] = {}
+        with timed(record, "time/policy_s"):
+            rollout = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
+            batch = without_noise(rollout, self.rollout_buffer)
+            if not has_signal(batch):
+                self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
+            comparison = self._comparison(batch)
+            ascent = self._epochs(comparison, self._prepared(batch, comparison))
+        reason = ascent.reason if trainable(self.policy) else NO_PARAMETER
+
+        means = {key: float(np.mean(values)) for key, values in ascent.statistics.items()}
+        record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
+        record["train/loss"] = ascent.statistics["loss"][-1]
+        if self.clip_range_vf is not None:
+            record["train/clip_range_vf"] = self._current_value(self.clip_range_vf)
+        record |= self._log_entries(ascent.evaluation)
+        self._adapt(ascent)
+        return Outcome(record, reason)
+
+    @torch.no_grad()
+    def _comparison(self, batch: Batch) -> Comparison | RecomputedComparison:
+        """The policy as it is now, to be compared with what the epochs make of it.
+
+        A forward pass without a graph takes less memory than a minibatch of as many samples.
+        """
+
+        def coordinates(part: Batch) -> Tensor:
+            return PolicyOutput.of(self.policy, part).z
+
+        with consistent_evaluation(self.policy):
+            affordable = affordable_samples(self.policy, coordinates, batch)
+            old_z_bytes = len(batch) * coordinates(batch[:1]).nbytes
+        chunk_size = max(self.batch_size, min(KL_CHUNK_SIZE, affordable * KL_CHUNK_BYTES * GRAPHS // MEMORY_BUDGET))
+        if old_z_bytes > OLD_Z_BYTES and not self.loss_needs_old_z:
+            return RecomputedComparison(self.policy, batch, chunk_size)
+        with consistent_evaluation(self.policy):
+            return Comparison(self.policy, batch, chunk_size=chunk_size)
+
+    def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
+        """The batch with what the policy loss needs to know of π_old."""
+        return batch
+
+    def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
+        """What to log of the policy that an update leaves."""
+        return {
+            "train/kl_divergence_loss": evaluation.divergence,
+            "train/kl_max": evaluation.kl_max,
+            "train/entropy": evaluation.entropy,
+            **evaluation.remarks,
+        }
+
+    def _adapt(self, ascent: Ascent) -> None:
+        """Prepare the next update, knowing what this one did."""
+
+    def _epochs(self, comparison: Comparison | RecomputedComparison, batch: Batch) -> Ascent:
+        """Run the epochs."""
+        statistics: Statistics = defaultdict(list)
+        evaluation: PolicyEvaluation | None = None
+        for epoch in range(self.n_epochs):
+            before = self._checkpoints() if self.max_kl is not None else ()
+            within_target = self._epoch(epoch, batch, statistics)
+            if self.max_kl is not None:
+                trial = self._evaluated(comparison)
+                if not trial.divergence <= self.max_kl:
+                    for state in before:
+                        state.restore()
+                    reason = "" if epoch else "the first epoch left the ball of radius `max_kl`"
+                    return Ascent(statistics, evaluation or self._evaluated(comparison), trial.divergence, reason)
+                evaluation = trial
+            self._n_updates += 1
+            if not within_target:
+                break
+        if evaluation is None:
+            evaluation = self._evaluated(comparison)
+        return Ascent(statistics, evaluation, evaluation.divergence)
+
+    def _evaluated(self, comparison: Comparison | RecomputedComparison) -> PolicyEvaluation:
+        with consistent_evaluation(self.policy):
+            return comparison.evaluate()
+
+    def _epoch(self, epoch: int, batch: Batch, statistics: Statistics) -> bool:
+        """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
+        self.policy.set_training_mode(True)
+        statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
+        records: list[Tensor] = []
+        names: list[str] = []
+        within_target, silent = True, not has_signal(batch)
+        with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
+            for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+                if silent:  # a buffer of another kind deals out its own advantages
+                    part = replace(part, advantages=torch.zeros_like(part.advantages))
+                loss, record = self._loss_on(part)
+                names = list(record)
+                records.append(self.reduction.total(torch.stack(list(record.values()))))
+                if self._exceeds_target(records[-1][0], epoch):
+                    within_target = False
+                    break
+                if not optimizer.descend(loss, self.max_grad_norm, reduction=self.reduction):
+                    raise self._rejection(part)
+        for key, column in zip(names, torch.stack(records).T.tolist(), strict=True):
+            statistics[key].extend(column)
+        return within_target
+
+    def _loss_on(self, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on a minibatch, with its graph, and what is logged of it."""
+        try:
+            actor_loss, value_loss, record = self._losses(part)
+        except ValueError as error:
+            if "to satisfy the constraint" not in str(error):
+                raise
+            raise PolicyDivergedError("the policy's distribution is not finite") from error
+        return actor_loss + value_loss, record
+
+    def _rejection(self, part: Batch) -> UpdateRejectedError:
+        """Why a minibatch's gradient is not finite."""
+        reason = "the gradient of the loss is not finite"
+        actor_loss, _, _ = self._losses(part)
+        found = gradient([actor_loss], trainable(self.policy))
+        finite = not found or math.isfinite(gradient_norm(list(found.values())))
+        return UpdateRejectedError(reason) if finite else PolicyDivergedError(reason)
+
+    def _check_outcome(self, record: dict[str, float], before: Sequence[Restorable]) -> None:
+        try:
+            super()._check_outcome(record if self.vf_coef else {**record, "train/value_loss": 0.0}, before)
+        except UpdateRejectedError as rejection:
+            if math.isfinite(record["train/value_loss"]):
+                raise PolicyDivergedError(str(rejection)) from rejection
+            raise
+
+    def _losses(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The actor's and the critic's part of the loss on a minibatch, with their graphs, and what is logged.
+
+        ``approx_kl`` is the sampled KL estimate, the mean of (r - 1) - log r.
+        """
+        mean = part.reduction.mean
+        values, log_prob, entropy = part.evaluate_actions(self.policy)
+
+        advantages = part.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = part.reduction.standardized(advantages)
+        log_ratio = log_prob - part.old_log_prob
+        ratio = torch.exp(log_ratio)
+        policy_loss, statistic = self._policy_loss(part, ratio, advantages)
+        value_loss = mean((part.returns - self._clipped_values(values, part.old_values)).square())
+        entropy_loss = -mean(-log_prob if entropy is None else entropy)
+        # A bonus of weight zero changes no bit of the loss and its gradient, but costs a backward pass.
+        weight = self.entropy_weight()
+        actor_loss = policy_loss + weight * entropy_loss if weight else policy_loss
+        # With weight zero the critic has gradients of zero, as in SB3, even where its loss is not finite.
+        critic_loss = self.vf_coef * value_loss if self.vf_coef else (0 * values).nan_to_num().sum()
+
+        record = {
+            "approx_kl": mean(ratio.detach() - 1 - log_ratio.detach()),
+            self.loss_statistic: statistic,
+            "policy_gradient_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy_loss": entropy_loss.detach(),
+            "loss": (actor_loss + critic_loss).detach(),
+        }
+        return actor_loss, critic_loss, record
+
+    def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
+        if self.clip_range_vf is None:
+            return values
+        bound = self._current_value(self.clip_range_vf)
+        return old_values + torch.clamp(values - old_values, -bound, bound)

@@ -1,0 +1,281 @@
+"""What the natural-gradient methods share: their arguments, the direction F⁻¹g, the critic, and the log."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from torch import Tensor
+
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct
+from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
+from sb3_trpo_ext.core.parameters import leave_gradients
+from sb3_trpo_ext.critic import make_critic
+from sb3_trpo_ext.critic.base import Critic, Regression
+from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
+from sb3_trpo_ext.policy.memory_budget import affordable_samples
+from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
+from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.rollout.action_spaces import kind_of
+from sb3_trpo_ext.rollout.batch import Batch
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
+from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
+from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
+from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
+
+ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
+"""Defaults of the Adam critic's arguments, here and in sb3-contrib."""
+
+OF_PPO = ("n_epochs", "clip_range", "clip_range_vf")
+"""What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, give a model for their own updates."""
+
+PolicyStep = Step[PolicyEvaluation]
+
+
+class NaturalGradientAlgorithm(TrustRegionAlgorithm):
+    """Template: a step of the policy along x ≈ F⁻¹∇L, which the method decides on, then the critic.
+
+    A subclass implements `_policy_step`. Its constructor ends with ``_setup_model``.
+
+    Args:
+        policy: As in SB3.
+        env: As in SB3.
+        learning_rate: Those arguments that follow are documented where the user meets them, in `TRPO`.
+    """
+
+    value_critic: Critic
+    """The critic that ``critic`` and ``critic_kwargs`` ask for."""
+
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "clip_range": "it bounds the KL divergence itself: use `target_kl`, or the class PPOClip",
+        "clip_range_vf": "it does not clip the value function: use the class PPOClip",
+        "n_epochs": "it takes one policy step a rollout; the epochs of the Adam critic are `n_critic_updates`",
+        "vf_coef": "it fits the value function in a step of its own: see `critic`",
+        "max_grad_norm": "its step length is set by `target_kl`",
+        "max_kl": "its radius is `target_kl`",
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        batch_size: int,
+        cg_max_steps: int,
+        cg_damping: float,
+        n_critic_updates: int,
+        normalize_advantage: bool,
+        target_kl: float | Schedule,
+        sub_sampling_factor: int,
+        critic: str | type[Critic] = "auto",
+        critic_kwargs: dict[str, Any] | None = None,
+        kl_per_action_dim: bool = True,
+        curvature_samples: int | None = 512,
+        fisher_chunk_size: int | Literal["auto"] | None = "auto",
+        cg_residual_tol: float = 0.03,
+        min_radius_used: float | Literal["auto"] = "auto",
+        ent_coef: float | Schedule = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self._refuse(kwargs)
+        super().__init__(policy, env, ent_coef=ent_coef, vf_coef=0.0, max_grad_norm=0.0, **kwargs)
+        self.batch_size = batch_size
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.kl_per_action_dim = kl_per_action_dim
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
+        self.cg_residual_tol = cg_residual_tol
+        self.min_radius_used = min_radius_used
+        self.sub_sampling_factor = sub_sampling_factor
+        self.curvature_samples = curvature_samples
+        self.fisher_chunk_size = fisher_chunk_size
+        self.critic = critic
+        self.critic_kwargs = critic_kwargs or {}
+        self.n_critic_updates = n_critic_updates
+
+    def _setup_model(self) -> None:
+        self.value_critic = make_critic(self._critic_kind(), self.critic_kwargs)
+        super()._setup_model()
+        self.target_kl = FloatSchedule(plain(self.target_kl))
+        for name in OF_PPO:
+            vars(self).pop(name, None)
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_radius("target_kl", self.target_kl, hint="A trust region has a positive radius; 0.01 is the usual one.")
+        for name in ("cg_max_steps", "sub_sampling_factor", "n_critic_updates", "batch_size"):
+            check_integer(name, getattr(self, name))
+        for name in ("cg_damping", "cg_residual_tol"):
+            check_number(name, getattr(self, name))
+        if self.min_radius_used != "auto":
+            check_share("min_radius_used", self.min_radius_used, hint="Pass 'auto' to choose by the action space.")
+        check_samples("curvature_samples", self.curvature_samples)
+        if self.fisher_chunk_size not in ("auto", None):
+            check_integer(
+                "fisher_chunk_size",
+                self.fisher_chunk_size,
+                hint="Pass 'auto' to keep within the memory budget, or None for no chunks.",
+            )
+        if self.env is not None:
+            check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
+            if self.sub_sampling_factor > self.n_steps * self.n_envs:
+                raise ValueError(
+                    f"`sub_sampling_factor` must not exceed the {self.n_steps * self.n_envs} samples of a rollout, got "
+                    f"{self.sub_sampling_factor}."
+                )
+            if self._critic_kind() == "adam":
+                check_minibatches(self.n_steps, self.n_envs, self.batch_size)
+
+    def _critic_kind(self) -> str | type[Critic]:
+        """What ``critic="auto"`` stands for here, or ``critic`` itself."""
+        if self.critic != "auto":
+            return self.critic
+        tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
+        return "adam" if tuned else "gauss_newton"
+
+    def trust_region_radius(self) -> float:
+        """δ in force: the bound on the joint KL divergence, in nats."""
+        value = self._current_value(self.target_kl)
+        return self._action_dimensions() * check_number("target_kl", value, positive=True)
+
+    def _action_dimensions(self) -> int:
+        """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""
+        counts = self.kl_per_action_dim and kind_of(self.action_space).averages_kl
+        return get_action_dim(self.action_space) if counts else 1
+
+    def _update(self) -> Outcome:
+        record = {"train/target_kl": self.trust_region_radius()}
+        with consistent_evaluation(self.policy):
+            with timed(record, "time/policy_s"):
+                batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
+                chunk_size = self._chunk_size(batch)
+                problem = self._problem(batch, chunk_size)
+                step = self._policy_step_or_none(problem)
+                leave_gradients(self.policy, problem.gradients)
+            with timed(record, "time/critic_s"):  # Adam leaves the critic's gradients beside them
+                regression = self._regression(batch, frozenset(problem.gradients), chunk_size)
+                record |= self._log_entries(problem, step)
+                del problem  # with what it keeps of π_old
+                record["train/value_loss"] = self.value_critic.fit(regression)
+        self._keep(batch)
+        self._n_updates += 1
+        return Outcome(record, step.reason)
+
+    def _problem(self, batch: Batch, chunk_size: int | None = None) -> PolicyProblem:
+        """What the policy step is to solve on a rollout."""
+        seen = without_noise(self._policy_samples(batch, chunk_size), self.rollout_buffer)
+        if self.normalize_advantage:
+            seen = seen.with_normalized_advantages()
+        return PolicyProblem(self.policy, seen, ent_coef=self.entropy_weight(), chunk_size=chunk_size)
+
+    def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
+        """The samples of the policy step, of a rollout that the critic sees as it is."""
+        return batch
+
+    def _keep(self, batch: Batch) -> None:
+        """Keep of a rollout what later updates need."""
+
+    def _policy_step_or_none(self, problem: PolicyProblem) -> PolicyStep:
+        """The step of the policy, or why there is nothing for one to follow."""
+        if not problem.params:
+            return Step(problem.start, reason=NO_PARAMETER)
+        if not has_signal(problem.batch) and not self.entropy_weight():
+            return Step(problem.start, reason=NO_SIGNAL)
+        if not bool(problem.gradient.isfinite().all()):
+            return Step(problem.start, reason="the gradient of the surrogate is not finite")
+        with explained_double_backward():
+            return self._policy_step(problem)
+
+    @abstractmethod
+    def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
+        """One step of the policy from θ_old, to which it is put back, bit for bit, if the step is rejected."""
+
+    def _fisher(self, problem: PolicyProblem) -> GaussNewtonProduct:
+        """Products with F + λI."""
+        samples = math.ceil(problem.batch.reduction.count(len(problem.batch)) / self.sub_sampling_factor)
+        if self.curvature_samples is not None:
+            samples = min(samples, self.curvature_samples)
+        return problem.fisher(self.cg_damping * self._action_dimensions(), samples)
+
+    def _direction(self, problem: PolicyProblem, vector: Tensor | None = None) -> Direction:
+        """Solve (F + λI) x = v, v being the gradient if None."""
+        return natural_direction(
+            self._fisher(problem),
+            problem,
+            vector,
+            max_steps=self.cg_max_steps,
+            residual_tol=self.cg_residual_tol,
+            min_radius_used=self._min_radius_used(),
+        )
+
+    @staticmethod
+    def _no_direction(problem: PolicyProblem, direction: Direction) -> PolicyStep:
+        """What came of a direction that is not usable."""
+        zero = direction.cg.stop == "zero right-hand side"
+        reason = NO_GRADIENT if zero else f"conjugate gradients found no direction ({direction.cg.stop})"
+        return Step(problem.start, direction, reason=reason)
+
+    def _min_radius_used(self) -> float:
+        """What ``min_radius_used="auto"`` stands for here, or ``min_radius_used`` itself."""
+        least = self.min_radius_used
+        return kind_of(self.action_space).min_radius_used if least == "auto" else float(least)
+
+    def _chunk_size(self, batch: Batch) -> int | None:
+        """Most samples in one forward pass."""
+        if self.fisher_chunk_size == "auto":
+            return affordable_samples(self.policy, lambda part: PolicyOutput.of(self.policy, part).z, batch)
+        return self.fisher_chunk_size
+
+    def _regression(self, batch: Batch, actor: frozenset[Any], chunk_size: int | None = None) -> Regression:
+        """What the critic is to fit."""
+
+        def epoch(samples: Batch) -> Iterator[Batch]:
+            return minibatches(self.rollout_buffer, samples, self.batch_size, self.action_space)
+
+        return Regression(
+            policy=self.policy,
+            batch=batch,
+            frozen=actor,
+            minibatches=epoch,
+            epochs=self.n_critic_updates,
+            curvature_samples=self.curvature_samples,
+            chunk_size=chunk_size,
+            minibatches_are_parts=type(self.rollout_buffer) in VIEWED_BUFFERS,
+        )
+
+    def _checkpoints(self) -> tuple[Restorable, ...]:
+        return *super()._checkpoints(), StateCheckpoint(self.value_critic)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "value_critic"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        states, tensors = super()._get_torch_save_params()
+        return ([*states, "value_critic"] if self.value_critic.state_dict() else states), tensors
+
+    def _cures(self) -> str:
+        return f"a smaller `target_kl`, more `cg_damping`, {super()._cures()}"
+
+    def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
+        """What to log of a step."""
+        found, cg = step.evaluation, step.direction and step.direction.cg
+        return {
+            "train/policy_objective": found.objective,
+            "train/kl_divergence_loss": found.divergence,
+            "train/kl_max": found.kl_max,
+            "train/entropy": found.entropy,
+            **found.remarks,
+            "train/step_size": step.fraction * step.size,
+            "train/improvement": found.objective - problem.start.objective,
+            "train/expected_improvement": step.expected_improvement,
+            "train/cg_steps": cg.steps if cg else 0,
+            "train/cg_residual": cg.residual if cg else 0.0,
+        }

@@ -70,7 +70,7 @@ PENDULUM: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", PENDULUM)
 def test_pendulum_swings_up_in_150k_steps(arm: str, record_property: Callable[[str, object], None]) -> None:
-    """By the median seed: one run in ten is slow (see the README)."""
+    """By the median seed: one run in ten is slow (see examples/benchmarks/README.md)."""
     algorithm, options = PENDULUM[arm]
     means = []
     for seed in SEEDS:

@@ -263,6 +263,9 @@ class TRPO(NaturalGradientAlgorithm):
         policies that are a few steps apart, and momentum on a gradient that has hardly turned.
         """
         super()._forget()
+        self._forget_past_updates()
+
+    def _forget_past_updates(self) -> None:
         self.gradient_memory, self._past_rollouts, self._theta_left = None, (), None
 
     def _theta(self) -> Tensor:
@@ -309,23 +312,24 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _region(self, problem: PolicyProblem) -> MeanRegion:
         """What the line search keeps to."""
-        if self.kl_penalty == "theory":
-            return Penalty(penalty=theoretical_penalty(self.gamma, problem.max_advantage))
-        if self.kl_penalty:
-            return Penalty(penalty=float(self.kl_penalty))
+        theory = self.kl_penalty == "theory"
+        penalty = theoretical_penalty(self.gamma, problem.max_advantage) if theory else self.kl_penalty
+        if penalty:  # without any advantage the theory has no bound for an entropy bonus
+            return Penalty(penalty=float(penalty))
         kind = LargestRegion if self.trust_region == "max" else MeanRegion
         return kind(self.trust_region_radius())
 
     def _begin_update(self) -> None:
-        """Forget what was remembered of another policy, or of parameters that were not left by an update."""
+        """Forget past updates of another policy, or of parameters that were not left by an update."""
+        super()._begin_update()
         if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
-            self._forget()
+            self._forget_past_updates()
 
     def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
         past = [
             rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
-            for rollout in self._past_rollouts
+            for rollout in self._newest(self._past_rollouts)
         ]
         return joined([batch, *past])
 
@@ -335,7 +339,12 @@ class TRPO(NaturalGradientAlgorithm):
         if self.sample_reuse > 1:
             assert self._last_episode_starts is not None  # since the rollout
             newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
-            self._past_rollouts = (*self._past_rollouts, newest)[-(self.sample_reuse - 1) :]
+            self._past_rollouts = (*self._past_rollouts, newest)
+        self._past_rollouts = self._newest(self._past_rollouts)
+
+    def _newest(self, rollouts: tuple[PastRollout, ...]) -> tuple[PastRollout, ...]:
+        """Those that an update sees beside the present one, of which there are M - 1 at the most."""
+        return rollouts[len(rollouts) - min(self.sample_reuse - 1, len(rollouts)) :]
 
     def _cures(self) -> str:
         cures = super()._cures()

@@ -63,7 +63,11 @@ class Critic(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What the critic has learnt beside the policy's parameters; empty for one without state."""
+        """What the critic has learnt beside the policy's parameters.
+
+        Dicts and lists of tensors, numbers, texts and None: what torch loads without running code. A critic that has
+        this method of its own has a state.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
@@ -118,3 +122,27 @@ class ValueFunction:
         return torch.cat(
             [extract(policy, part.inputs, policy.vf_features_extractor) for part in batch.split(chunk_size)]
         )
+
+
+def has_state(critic: Critic) -> bool:
+    """Whether a critic's state is saved and loaded with the model."""
+    return type(critic).state_dict is not Critic.state_dict
+
+
+def check_saveable(critic: Critic) -> None:
+    """Raise `TypeError` naming what of a critic's state could be saved, but not be loaded again."""
+
+    def check(place: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                check(f"{place}[{key!r}]", each)
+        elif type(value) in (list, tuple):
+            for index, each in enumerate(value):
+                check(f"{place}[{index}]", each)
+        elif value is not None and not isinstance(value, (Tensor, bool, int, float, str)):
+            raise TypeError(
+                f"`{type(critic).__name__}.state_dict()` must hold tensors, numbers, texts or None in dicts or lists; "
+                f"{place} is a {type(value).__name__}, which torch would not load. Return a tensor or a list."
+            )
+
+    check("state", critic.state_dict())

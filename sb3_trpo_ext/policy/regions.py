@@ -58,5 +58,4 @@ class Penalty(MeanRegion):
 
     def full_step(self, problem: PolicyProblem, direction: Direction) -> float:
         """The maximum of gᵀs - C ½ sᵀFs along x."""
-        cost = self.penalty * direction.curvature
-        return direction.slope / cost if cost else math.inf
+        return direction.slope / (self.penalty * direction.curvature)

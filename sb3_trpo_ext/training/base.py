@@ -195,6 +195,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
         return float(argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument)
 
+    def _prepare_update(self) -> None:
+        """Follow arguments that were changed since the last update."""
+
     def _begin_update(self) -> None:
         """Prepare for an update, as a part of its transaction."""
 
@@ -342,6 +345,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         check_full(self.rollout_buffer)
         check_trainable(self.policy)
         outcome = Outcome({})
+        self._prepare_update()
         try:
             states = self._checkpoints()
             # Twice: the outer one finishes what an interrupt cuts short while the inner one undoes an update.

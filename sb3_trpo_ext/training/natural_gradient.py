@@ -18,7 +18,7 @@ from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import leave_gradients
 from sb3_trpo_ext.critic import make_critic
-from sb3_trpo_ext.critic.base import Critic, Regression
+from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
@@ -33,8 +33,8 @@ from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
 
-OF_PPO = ("n_epochs", "clip_range", "clip_range_vf")
-"""What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, give a model for their own updates."""
+OF_PPO = {"n_epochs": 10, "clip_range": 0.2, "clip_range_vf": None}
+"""What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, need of a model to set it up."""
 
 PolicyStep = Step[PolicyEvaluation]
 
@@ -102,11 +102,23 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.n_critic_updates = n_critic_updates
 
     def _setup_model(self) -> None:
-        self.value_critic = make_critic(self._critic_kind(), self.critic_kwargs)
+        self._critic_arguments = self._critic_kind(), dict(self.critic_kwargs)
+        self.value_critic = make_critic(*self._critic_arguments)
+        vars(self).update({name: value for name, value in OF_PPO.items() if name not in vars(self)})
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
         for name in OF_PPO:
             vars(self).pop(name, None)
+
+    def _prepare_update(self) -> None:
+        """Make another critic, with the state of the one before, where the arguments of it were changed."""
+        arguments = self._critic_kind(), dict(self.critic_kwargs)
+        if arguments != self._critic_arguments:
+            critic, state = make_critic(*arguments), self.value_critic.state_dict()
+            if state and type(critic) is type(self.value_critic):
+                critic.load_state_dict(state)
+            self.value_critic, self._critic_arguments = critic, arguments
+        check_saveable(self.value_critic)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -255,11 +267,11 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         return *super()._checkpoints(), StateCheckpoint(self.value_critic)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "value_critic"]
+        return [*super()._excluded_save_params(), "value_critic", "_critic_arguments"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         states, tensors = super()._get_torch_save_params()
-        return ([*states, "value_critic"] if self.value_critic.state_dict() else states), tensors
+        return ([*states, "value_critic"] if has_state(self.value_critic) else states), tensors
 
     def _cures(self) -> str:
         return f"a smaller `target_kl`, more `cg_damping`, {super()._cures()}"

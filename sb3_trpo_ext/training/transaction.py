@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import chain
 from typing import Any, Protocol
 
@@ -131,8 +132,9 @@ def _copied(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _copied(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(_copied(value) for value in state)
-    return state
+        copies = map(_copied, state)
+        return type(state)(*copies) if hasattr(state, "_fields") else type(state)(copies)
+    return deepcopy(state)
 
 
 class Attributes:

@@ -255,3 +255,64 @@ def test_two_workers_take_the_update_of_their_samples_together(form: str, action
             assert worker.logger.name_to_value[name] == pytest.approx(record[name], rel=1e-3, abs=1e-5), name
     for ours, theirs in zip(*(model.policy.parameters() for model in workers), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# What an adversary found.
+
+
+class Counting(ScaledCritic):
+    """Its state is empty before the first fit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self.fits else {}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        if state:
+            super().load_state_dict(state)
+
+
+class Unsaveable(ScaledCritic):
+    """Keeps an array of NumPy in its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "history": np.zeros(2)}
+
+
+def test_a_state_that_is_empty_at_first_is_loaded(tmp_path: Path) -> None:
+    model = make(TRPO, critic=Counting)
+    fresh = model.get_parameters()
+    model.learn(64)
+    model.save(tmp_path / "model")
+    assert TRPO.load(tmp_path / "model").value_critic.fits == 2
+    model.set_parameters(fresh)
+
+
+def test_a_state_that_torch_would_not_load_is_refused_before_anything_is_learnt() -> None:
+    model = make(TRPO, critic=Unsaveable)
+    before = [param.clone() for param in model.policy.parameters()]
+    with pytest.raises(TypeError, match=r"`Unsaveable.state_dict.*must hold.*state\['history'\] is a ndarray"):
+        model.learn(32)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("critic", "adam"), ("critic_kwargs", {"n_iterations": 5}), ("batch_size", 32), ("critic", "no")],
+)
+def test_arguments_of_the_critic_may_change(name: str, value: Any) -> None:
+    models = [make(TRPO).learn(32) for _ in range(2)]
+    setattr(models[1], name, value)
+    if value == "no":
+        with pytest.raises(ValueError, match=r"`critic` must be one of"):
+            models[1].learn(32, reset_num_timesteps=False)
+        return
+    for model in models:
+        model.learn(32, reset_num_timesteps=False)
+    assert not torch.equal(models[0].policy.value_net.weight, models[1].policy.value_net.weight)
+
+
+def test_another_ridge_leaves_a_critic_its_state() -> None:
+    model = make(TRPO, critic="scaled").learn(64)
+    model.critic_kwargs = {"ridge": 1.0}
+    model.learn(32, reset_num_timesteps=False)
+    assert model.value_critic.ridge == 1.0 and model.value_critic.fits == 3

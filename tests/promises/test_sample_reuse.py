@@ -217,3 +217,14 @@ def test_an_impossible_length_is_refused(value: Any) -> None:
 def test_npg_says_what_to_use() -> None:
     with pytest.raises(TypeError, match=r"final_n_steps.*use the class TRPO"):
         make(NPG, final_n_steps=64)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 2), (2, 3)])
+def test_the_number_of_rollouts_may_change(before: int, after: int) -> None:
+    model = watched(5, sample_reuse=before)
+    model.sample_reuse = after
+    model.seen = []
+    model.learn(32 * 4, reset_num_timesteps=False)
+    assert [len(batch) // 32 for batch in model.seen][-1] == after
+    assert max(len(batch) // 32 for batch in model.seen) <= after
+    assert len(model._past_rollouts) == after - 1

@@ -305,3 +305,20 @@ def test_an_impossible_momentum_is_refused(value: Any) -> None:
 def test_npg_says_why_it_has_none() -> None:
     with pytest.raises(TypeError, match=r"momentum.*use the class TRPO"):
         make(NPG, momentum=0.5)
+
+
+def nudge(scope: dict[str, Any], _: Any) -> bool:
+    """A callback that changes a parameter by next to nothing."""
+    with torch.no_grad():
+        next(scope["self"].policy.parameters()).add_(1e-6)
+    return True
+
+
+def test_parameters_that_a_callback_changes_leave_hidden_states_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(RecurrentTRPO, momentum=0.5, n_steps=8).learn(8)
+    model.learn(32, callback=nudge, reset_num_timesteps=False)
+    assert model._last_lstm_states.pi[0].abs().sum() > 0
+    monkeypatch.setattr(TRPO, "_policy_step", lambda self, problem: Step(problem.start, reason="told to"))
+    model = make(TRPO, momentum=0.5)
+    model.learn(32 * 3, callback=nudge)
+    assert model._rejections_in_a_row == 3

@@ -69,7 +69,7 @@ class TRPO(NaturalGradientAlgorithm):
         critic: ``"gauss_newton"``, Hessian-free, without a learning rate (`GaussNewtonCritic`), or ``"adam"``,
             minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
             ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
-            for sb3-contrib keeps its meaning.
+            for sb3-contrib keeps its meaning. Also a name given to `register_critic`, or a subclass of `Critic`.
         critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_iterations``,
             ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
             actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,

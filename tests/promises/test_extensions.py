@@ -257,7 +257,7 @@ def test_two_workers_take_the_update_of_their_samples_together(form: str, action
         assert torch.equal(ours, theirs)
 
 
-# What an adversary found.
+# States that begin empty, and arguments that change.
 
 
 class Counting(ScaledCritic):

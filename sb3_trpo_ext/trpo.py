@@ -344,7 +344,7 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _newest(self, rollouts: tuple[PastRollout, ...]) -> tuple[PastRollout, ...]:
         """Those that an update sees beside the present one, of which there are M - 1 at the most."""
-        return rollouts[len(rollouts) - min(self.sample_reuse - 1, len(rollouts)) :]
+        return rollouts[max(len(rollouts) - self.sample_reuse + 1, 0) :]
 
     def _cures(self) -> str:
         cures = super()._cures()

@@ -1,4 +1,4 @@
-"""Other trust regions of the paper than the mean KL divergence: the largest one, and a penalty in its place."""
+"""The trust regions of the paper: by the mean KL divergence, by the largest one, and a penalty in their place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyProblem
 
 AIM = 0.95
 """The share of its bound that a step shortened to the largest KL aims at: exactly at it, half of them would miss."""
-
 
 LOOKS = 2
 """After one, a tenth to a fifth of the steps still miss, as the largest KL is not quite quadratic."""

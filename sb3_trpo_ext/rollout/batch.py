@@ -163,9 +163,10 @@ class Batch:
         centred = centred - total(self.mean(centred))  # what rounding left of a mean that is large beside the rest
         count = total((self.weights > 0).sum())
         variance = total(self.mean(centred.square())) * count / (count - 1)
-        largest = self.reduction.largest(centred.abs())
-        if 1 < largest < math.inf and not variance < math.inf:  # only the squares overflow
-            return replace(self, advantages=centred / largest).with_normalized_advantages()
+        if not variance < math.inf:
+            largest = self.reduction.largest(centred.abs())
+            if 1 < largest < math.inf:  # only the squares overflow
+                return replace(self, advantages=centred / largest).with_normalized_advantages()
         return replace(self, advantages=centred / (variance.sqrt() + 1e-8))
 
 

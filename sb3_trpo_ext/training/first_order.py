@@ -264,21 +264,19 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
         records: list[Tensor] = []
-        names: list[str] = []
         within_target, silent = True, not has_signal(batch)
         with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
             for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
                 if silent:  # a buffer of another kind deals out its own advantages
                     part = replace(part, advantages=torch.zeros_like(part.advantages))
                 loss, record = self._loss_on(part)
-                names = list(record)
                 records.append(self.reduction.total(torch.stack(list(record.values()))))
                 if self._exceeds_target(records[-1][0], epoch):
                     within_target = False
                     break
                 if not optimizer.descend(loss, self.max_grad_norm, reduction=self.reduction):
                     raise self._rejection(part)
-        for key, column in zip(names, torch.stack(records).T.tolist(), strict=True):
+        for key, column in zip(record, torch.stack(records).T.tolist(), strict=True):
             statistics[key].extend(column)
         return within_target
 

@@ -104,7 +104,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _setup_model(self) -> None:
         self._critic_arguments = self._critic_kind(), dict(self.critic_kwargs)
         self.value_critic = make_critic(*self._critic_arguments)
-        vars(self).update({name: value for name, value in OF_PPO.items() if name not in vars(self)})
+        vars(self).update(OF_PPO | vars(self))
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
         for name in OF_PPO:

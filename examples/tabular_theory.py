@@ -33,7 +33,7 @@ from matplotlib.axes import Axes
 from scipy.optimize import brentq
 from torch import Tensor
 
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Linearization, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale, natural_direction
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate, theoretical_penalty
 from sb3_trpo_ext.core.vectors import flatten
@@ -265,10 +265,10 @@ class Problem:
     def fisher(self, damping: float) -> GaussNewtonProduct:
         """Products with E[∇log π ∇log πᵀ] + λI, whose first part is a Gauss-Newton matrix in log π."""
 
-        def log_probabilities() -> tuple[Tensor, Metric]:
-            return self.theta.log_softmax(1), lambda v: self._frequencies * v
+        def log_probabilities() -> tuple[Jacobian, Metric]:
+            return Linearization(self.theta.log_softmax(1), self.params), lambda v: self._frequencies * v
 
-        return GaussNewtonProduct([log_probabilities], self.params, damping)
+        return GaussNewtonProduct([log_probabilities], damping)
 
     def _objective(self) -> Tensor:
         ratio = (self.theta.log_softmax(1) - self._old.log_policy).exp()

@@ -131,7 +131,7 @@ def gains(model: Any, batch: Batch, fresh: Comparison) -> dict[str, tuple[float,
     damping = model.cg_damping * model._action_dimensions()
     solutions = {  # all of them before the parameters move under the graph that they share
         setting: natural_direction(
-            problem.fisher(damping, setting.samples),
+            PolicyProblem(model.policy, batch, curvature_samples=setting.samples).fisher(damping),
             problem,
             max_steps=setting.max_steps,
             residual_tol=setting.residual_tol,

@@ -1,6 +1,7 @@
 """Matrix-free Gauss-Newton products v ↦ (Jᵀ M J + λI) v."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +11,19 @@ from sb3_trpo_ext.core.vectors import flat_vjp
 Metric = Callable[[Tensor], Tensor]
 """A linear map on outputs, (N, K) -> (N, K): the Hessian M of a loss in its outputs, sample weights included."""
 
-Segment = Callable[[], tuple[Tensor, Metric]]
-"""Runs the model on some of the samples: outputs z with their graph, and the metric there."""
+
+class Jacobian(Protocol):
+    """J = ∂z/∂θ of one forward pass, as products in both directions."""
+
+    def jvp(self, vector: Tensor) -> Tensor:
+        """J v: ``(P,)`` -> ``(N, K)``."""
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ w: ``(N, K)`` -> ``(P,)``."""
+
+
+Segment = Callable[[], tuple[Jacobian, Metric]]
+"""Runs the model on some of the samples: the Jacobian of its outputs z, and the metric there."""
 
 
 class Linearization:
@@ -50,33 +62,25 @@ class GaussNewtonProduct:
 
     Args:
         segments: Forward passes that together cover the samples.
-        params: θ, P numbers in all.
         damping: λ >= 0, added to the diagonal.
-        keep: Whether each is run once and its graph is kept for all products; otherwise they are run and released in
-            turn at each product, so memory is bounded by the largest. None keeps a single one.
+        keep: Whether each is run once, now, and kept for all products; otherwise they are run and released in turn at
+            each product, so memory is bounded by the largest. None keeps a single one.
     """
 
-    def __init__(
-        self, segments: Sequence[Segment], params: Sequence[Tensor], damping: float, *, keep: bool | None = None
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], damping: float, *, keep: bool | None = None) -> None:
         self._segments = segments
-        self._params = params
         self._damping = damping
-        kept = len(segments) == 1 if keep is None else keep
-        self._kept = [self._linearize(segment) for segment in segments] if kept else None
+        keep = len(segments) == 1 if keep is None else keep
+        self._kept = [segment() for segment in segments] if keep else None
 
-    def _linearizations(self) -> Iterable[tuple[Linearization, Metric]]:
-        return map(self._linearize, self._segments) if self._kept is None else self._kept
-
-    def _linearize(self, segment: Segment) -> tuple[Linearization, Metric]:
-        outputs, metric = segment()
-        return Linearization(outputs, self._params), metric
+    def _parts(self) -> Iterable[tuple[Jacobian, Metric]]:
+        return (segment() for segment in self._segments) if self._kept is None else self._kept
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply a vector ``(P,)``."""
         result = self._damping * vector
-        for linear, metric in self._linearizations():
-            result = result + linear.vjp(metric(linear.jvp(vector)))
+        for jacobian, metric in self._parts():
+            result = result + jacobian.vjp(metric(jacobian.jvp(vector)))
         return result
 
     def undamped_curvature(self, vector: Tensor, damped: float) -> float:
@@ -92,7 +96,7 @@ class GaussNewtonProduct:
         if difference > 1e3 * torch.finfo(vector.dtype).eps * damped:
             return difference
         result = vector.new_zeros(())
-        for linear, metric in self._linearizations():
-            image = linear.jvp(vector)
+        for jacobian, metric in self._parts():
+            image = jacobian.jvp(vector)
             result = result + (image * metric(image)).sum()
         return float(result)

@@ -56,7 +56,8 @@ class FlatOptimizer:
         self._fused = fused
         self._params = [param for param in trainable(module) if param not in frozen]
         self._by_itself = (
-            _is_observed(optimizer, module)
+            _is_its_own(optimizer)
+            or is_observed(module)
             or len(optimizer.param_groups) > 1
             or (not fused and sum(param.numel() for param in self._params) > LARGEST_FLAT)
             or not {*self._params} <= {*optimizer.param_groups[0]["params"]} <= {*module.parameters()}
@@ -209,7 +210,7 @@ def _has_a_flat_form(optimizer: torch.optim.Optimizer, params: list[nn.Parameter
     return len(steps) == 1 and len(kinds) == 1 and kinds.pop()[2] is torch.strided
 
 
-def _is_observed(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+def _is_its_own(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step may be anything but torch's Adam, or somebody may look at the optimiser between two steps."""
     kind = type(optimizer)
     return (
@@ -218,7 +219,13 @@ def _is_observed(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
         or not all(_is_torchs(getattr(kind, method)) for method in ("step", "zero_grad"))
         or _has_hooks(vars(optimizer))
         or _has_hooks(vars(sys.modules[torch.optim.Optimizer.__module__]))
-        or _has_hooks(vars(nn.modules.module))
+    )
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a hook of a parameter or of a module, its own or for all, may look at a gradient on its way."""
+    return (
+        _has_hooks(vars(nn.modules.module))
         or any(_has_hooks(vars(each)) for each in module.modules())
         or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in module.parameters())
     )

@@ -1,19 +1,25 @@
 """Which parameters an output reaches: told by the graph, never by a name."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
+class HasParameters(Protocol):
+    """A module, or what stands for one."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All parameters."""
+
+
+def trainable(module: HasParameters) -> list[nn.Parameter]:
     """Parameters that are not frozen, each once."""
     return [param for param in module.parameters() if param.requires_grad]
 
 
-def gradient(
-    terms: Iterable[Tensor], params: Sequence[nn.Parameter], *, retain_graph: bool = False
-) -> dict[nn.Parameter, Tensor]:
+def gradient(terms: Iterable[Tensor], params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """Gradient of a sum of scalars, for those parameters that the graph of some term reaches.
 
     Each term's graph is released before the next is built, if ``terms`` builds them lazily.
@@ -21,7 +27,6 @@ def gradient(
     Args:
         terms: Scalars with their graphs.
         params: Candidates.
-        retain_graph: Keep the graphs for further use.
 
     Returns:
         Gradients by parameter, in the order of ``params``; a parameter that is not reached is absent, one that is
@@ -31,7 +36,7 @@ def gradient(
     for term in terms:
         if not term.requires_grad:
             continue
-        grads = torch.autograd.grad(term, params, retain_graph=retain_graph, allow_unused=True)
+        grads = torch.autograd.grad(term, params, allow_unused=True)
         total = [
             grad if before is None else before if grad is None else before + grad
             for before, grad in zip(total, grads, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +13,10 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 
+from sb3_trpo_ext.core.curvature import Jacobian, Linearization
 from sb3_trpo_ext.core.parameters import trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
+from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.known_policies import owner_of
 
@@ -35,6 +37,7 @@ class Regression:
         curvature_samples: The model's, or None.
         chunk_size: Most samples in one forward pass; None for all at once.
         minibatches_are_parts: Whether they are cut from what they are given; a buffer of the user's deals out its own.
+        plain: What stands for a policy of plain layers; None for another, or to ask the policy itself.
     """
 
     policy: ActorCriticPolicy
@@ -45,6 +48,7 @@ class Regression:
     curvature_samples: int | None = None
     chunk_size: int | None = None
     minibatches_are_parts: bool = True
+    plain: PlainPolicy | None = None
 
 
 class Critic(ABC):
@@ -86,6 +90,7 @@ class ValueFunction:
     Attributes:
         params: The parameters that it may move.
         batch: The samples, with features in place of observations if they are fixed.
+        by_hand: What stands for the policy, where V is computed from fixed features by plain layers; or None.
     """
 
     def __init__(self, regression: Regression, *, keep_features: bool = True) -> None:
@@ -96,6 +101,7 @@ class ValueFunction:
         self._fixed = keep_features and self._has_fixed_features(len(self.batch))
         if self._fixed:
             self.batch = replace(self.batch, observations=self._features(self.batch, regression.chunk_size))
+        self.by_hand = regression.plain if self._fixed else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """V on a part of `batch`, ``(N,)``."""
@@ -103,8 +109,17 @@ class ValueFunction:
             return batch.values(self._policy)
         features = batch.inputs
         assert isinstance(features, Tensor)
+        if self.by_hand is not None:
+            return self.by_hand.values(features)
         values: Tensor = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
         return values.flatten()
+
+    def jacobian(self, batch: Batch, params: Sequence[nn.Parameter]) -> Jacobian:
+        """∂V/∂θ on a part of `batch`."""
+        features = batch.inputs
+        if self.by_hand is not None and isinstance(features, Tensor):
+            return self.by_hand.critic_jacobian(features, params)
+        return Linearization(self(batch), params)
 
     def _has_fixed_features(self, size: int) -> bool:
         """Whether V is SB3's own, its extractor not to be moved, and the features fit into memory."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
 from sb3_trpo_ext.core.parameters import gradient
 from sb3_trpo_ext.core.vectors import flatten
@@ -121,19 +121,15 @@ class ValueProblem:
         self._values, self._reduction, self._chunk_size = values, values.batch.reduction, chunk_size
         self._chunks = values.batch.split(chunk_size)
         self._seen = values.batch if curvature_batch is None else curvature_batch
-        self._graphs: list[Tensor] = []
-        keep, losses = self._seen is values.batch and fits(self._chunks, chunk_size), list[Tensor]()
+        losses = list[Tensor]()
 
         def objectives() -> Iterator[Tensor]:
             for chunk in self._chunks:
-                predicted = values(chunk)
-                if keep:
-                    self._graphs.append(predicted)
-                loss = self._loss(chunk, predicted)
+                loss = self._loss(chunk, values(chunk))
                 losses.append(loss.detach())
                 yield -loss
 
-        shares = gradient(objectives(), values.params, retain_graph=keep)
+        shares = gradient(objectives(), values.params)
         self.start = self._summary(losses)
         self.params = list(shares)
         self.theta_old = flatten(self.params).detach()
@@ -142,19 +138,17 @@ class ValueProblem:
     @torch.no_grad()
     def evaluate(self) -> ValueEvaluation:
         """The loss with the parameters as they are now."""
-        self._graphs = []  # those of θ_old, which has been left
         return self._summary([self._loss(chunk, self._values(chunk)) for chunk in self._chunks])
 
     def curvature(self, damping: float) -> GaussNewtonProduct:
-        """Products v ↦ (E[∇V ∇Vᵀ] + λI) v."""
-        graphs = self._graphs
-        chunks = self._chunks if graphs else self._seen.split(self._chunk_size)
+        """Products v ↦ (E[∇V ∇Vᵀ] + λI) v at the parameters as they are now."""
 
-        def segment(index: int) -> tuple[Tensor, Metric]:
-            return graphs[index] if graphs else self._values(chunks[index]), _weighting(chunks[index])
+        def segment(chunk: Batch) -> tuple[Jacobian, Metric]:
+            return self._values.jacobian(chunk, self.params), lambda v: chunk.weights * v
 
-        segments = [partial(segment, index) for index in range(len(chunks))]
-        return GaussNewtonProduct(segments, self.params, damping, keep=fits(chunks, self._chunk_size))
+        chunks = self._seen.split(self._chunk_size)
+        segments = [partial(segment, chunk) for chunk in chunks]
+        return GaussNewtonProduct(segments, damping, keep=fits(chunks, self._chunk_size))
 
     @staticmethod
     def _loss(batch: Batch, values: Tensor) -> Tensor:
@@ -162,7 +156,3 @@ class ValueProblem:
 
     def _summary(self, losses: list[Tensor]) -> ValueEvaluation:
         return ValueEvaluation(self._reduction.number(torch.stack(losses).sum()))
-
-
-def _weighting(batch: Batch) -> Metric:
-    return lambda v: batch.weights * v

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Metric, Segment
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Linearization, Metric
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
+from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch, fits
 from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES, owner_of
+
+Policy: TypeAlias = ActorCriticPolicy | PlainPolicy
+"""A policy, or what stands for one of plain layers."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,21 @@ class PolicyOutput:
         distribution: SB3's object, padding included, which the policy overwrites at the next forward pass.
         family: Its geometry.
         z: Its coordinates, ``(N, K)``.
+        jacobian: ∂z/∂θ for given parameters θ, up to what does not change the distribution.
     """
 
     distribution: Distribution
     family: Family
     z: Tensor
+    jacobian: Callable[[Sequence[nn.Parameter]], Jacobian]
 
     @classmethod
-    def of(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
+    def of(cls, policy: Policy, batch: Batch) -> PolicyOutput:
         """Run the policy on a batch."""
-        return cls._read(batch.distribution(policy), batch)
+        output = cls._read(batch.distribution(policy), batch)
+        if isinstance(policy, PlainPolicy):
+            return replace(output, jacobian=partial(policy.actor_jacobian, batch.inputs))
+        return output
 
     @classmethod
     def after_evaluation(cls, policy: ActorCriticPolicy, batch: Batch) -> PolicyOutput:
@@ -80,7 +90,8 @@ class PolicyOutput:
     @classmethod
     def _read(cls, distribution: Distribution, batch: Batch) -> PolicyOutput:
         family = family_of(distribution) or SampledFamily(batch.padded(batch.actions), batch.old_log_prob)
-        return cls(distribution, family, batch.unpadded(family.coordinates(distribution)))
+        z = batch.unpadded(family.coordinates(distribution))
+        return cls(distribution, family, z, partial(Linearization, z))
 
 
 class Comparison:
@@ -100,9 +111,7 @@ class Comparison:
         start: The evaluation at θ_old; its divergence is exactly zero.
     """
 
-    def __init__(
-        self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None) -> None:
         self.batch = batch
         self._policy = policy
         self._ent_coef = ent_coef
@@ -144,9 +153,9 @@ class Comparison:
     @torch.no_grad()
     def _first_look(self) -> list[Tensor]:
         """What each chunk has a share of, at θ_old."""
-        return [shares for _, _, shares in self._visit()]
+        return [shares for _, shares in self._visit()]
 
-    def _visit(self) -> Iterator[tuple[PolicyOutput, Tensor, Tensor]]:
+    def _visit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the chunks at θ_old: each one's π_old, which is noted, share of L with its graph, and shares of all."""
         for chunk in self._chunks:
             output = PolicyOutput.of(self._policy, chunk)
@@ -154,7 +163,7 @@ class Comparison:
                 check_family(output.family, output.z.detach()[:2])
             self._old.append(output.z.detach())
             self._kl_is_sampled = isinstance(output.family, SampledFamily)
-            yield output, *self._shares(chunk, output, output.z.new_zeros(len(output.z)))
+            yield self._shares(chunk, output, output.z.new_zeros(len(output.z)))
 
     def _shares(self, chunk: Batch, output: PolicyOutput, kl: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's share of L with its graph, and of (L, E[H], D) with its largest KL, detached."""
@@ -187,10 +196,11 @@ class PolicyProblem(Comparison):
     Made at θ_old, with one forward and one backward pass a chunk.
 
     Args:
-        policy: The policy at θ_old.
+        policy: The policy at θ_old, or what stands for one of plain layers.
         batch: The samples.
         ent_coef: Weight of the entropy bonus.
         chunk_size: Most samples in one forward pass; None for all at once.
+        curvature_samples: Most samples that the Fisher matrix is estimated from; None for all.
 
     Attributes:
         gradients: ∇L at θ_old of each actor parameter: every trainable one that the policy's output reaches.
@@ -202,59 +212,45 @@ class PolicyProblem(Comparison):
     gradients: dict[nn.Parameter, Tensor]
 
     def __init__(
-        self, policy: ActorCriticPolicy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None
+        self,
+        policy: Policy,
+        batch: Batch,
+        *,
+        ent_coef: float = 0.0,
+        chunk_size: int | None = None,
+        curvature_samples: int | None = None,
     ) -> None:
-        self._graphs: list[PolicyOutput] = []
+        self._curvature_batch = batch.subset(curvature_samples)
         super().__init__(policy, batch, ent_coef=ent_coef, chunk_size=chunk_size)
         self.params = list(self.gradients)
         self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(self.gradients.values()))
 
-    def evaluate(self) -> PolicyEvaluation:
-        """Evaluate the policy with the parameters it has now, without a graph; see `Comparison.evaluate`."""
-        self._graphs = []  # those of θ_old, which has been left
-        return super().evaluate()
+    def fisher(self, damping: float) -> GaussNewtonProduct:
+        """Products v ↦ (F + λI) v, made while the parameters are θ_old, with graphs that last until they move."""
+        chunks = self._curvature_batch.split(self._chunk_size)
+        segments = [partial(self._segment, chunk) for chunk in chunks]
+        return GaussNewtonProduct(segments, damping, keep=fits(chunks, self._chunk_size))
 
-    def fisher(self, damping: float, samples: int | None = None) -> GaussNewtonProduct:
-        """Products v ↦ (F + λI) v at θ_old, F from at most ``samples`` samples, always the same.
-
-        Where they are all samples, and the graphs that gave the gradient could be kept, these serve the products too.
-        """
-        part, graphs = self.batch.subset(samples), self._graphs
-        self._graphs = []
-        if part is self.batch and graphs:
-            pairs = zip(self._chunks, graphs, strict=True)
-            segments: list[Segment] = [partial(_fisher_segment, chunk, graph) for chunk, graph in pairs]
-            return GaussNewtonProduct(segments, self.params, damping, keep=True)
-        chunks = part.split(self._chunk_size)
-        keep = fits(chunks, self._chunk_size)
-        return GaussNewtonProduct([partial(self._segment, chunk) for chunk in chunks], self.params, damping, keep=keep)
-
-    def _segment(self, chunk: Batch) -> tuple[Tensor, Metric]:
-        return _fisher_segment(chunk, PolicyOutput.of(self._policy, chunk))
+    def _segment(self, chunk: Batch) -> tuple[Jacobian, Metric]:
+        output = PolicyOutput.of(self._policy, chunk)
+        frozen, weights = output.z.detach(), chunk.weights.unsqueeze(1)
+        return output.jacobian(self.params), lambda v: weights * output.family.metric(frozen, v)
 
     def _first_look(self) -> list[Tensor]:
         visited: list[Tensor] = []
-        keep = fits(self._chunks, self._chunk_size)
 
         def objectives() -> Iterator[Tensor]:
-            for output, objective, shares in self._visit():
-                if keep and output.z.requires_grad:
-                    self._graphs.append(output)
+            for objective, shares in self._visit():
                 visited.append(shares)
                 yield objective
 
-        shares = gradient(objectives(), trainable(self._policy), retain_graph=keep)
+        shares = gradient(objectives(), trainable(self._policy))
         totals = self.batch.reduction.gradients(list(shares.values()))
         self.gradients = dict(zip(shares, totals, strict=True))
         return visited
 
 
-def _fisher_segment(batch: Batch, output: PolicyOutput) -> tuple[Tensor, Metric]:
-    frozen, weights = output.z.detach(), batch.weights.unsqueeze(1)
-    return output.z, lambda v: weights * output.family.metric(frozen, v)
-
-
-def _require_differentiable(policy: ActorCriticPolicy, sample: Batch) -> None:
+def _require_differentiable(policy: Any, sample: Batch) -> None:
     """Refuse a distribution that is not registered and whose log-probability has no gradient.
 
     Raises:

@@ -125,14 +125,14 @@ class Batch:
         """The same samples with weights that sum to one."""
         return replace(self, weights=self.weights / self.weights.sum())
 
-    def distribution(self, policy: ActorCriticPolicy) -> Distribution:
+    def distribution(self, policy: Any) -> Distribution:
         """π(·|s), of which `unpadded` rows are the samples' own.
 
         SB3 keeps one object for it: it holds until the policy's next forward pass.
         """
         if self.action_masks is None:
             return policy.get_distribution(self.inputs)
-        return policy.get_distribution(self.inputs, action_masks=self.action_masks)  # type: ignore[call-arg]
+        return policy.get_distribution(self.inputs, action_masks=self.action_masks)
 
     def values(self, policy: ActorCriticPolicy) -> Tensor:
         """V(s), ``(N,)``."""

@@ -89,7 +89,7 @@ class FastPolicy:
 
     def __init__(self, policy: ActorCriticPolicy, n_envs: int, *, exact: bool) -> None:
         self._policy, self._exact = policy, exact
-        self._is_as_it_was = _require_plain(policy)
+        self._is_as_it_was = require_plain(policy)
         self._encoder = self._made_encoder()
         self.features = self._encoder.memory(n_envs)
         self._features_array = self.features.numpy()
@@ -225,7 +225,7 @@ def _sampler(policy: ActorCriticPolicy, outputs: Tensor, exact: bool) -> Sampler
     return CategoricalSampler(outputs, tuple(int(size) for size in sizes), single=single, exact=exact)
 
 
-def _require_plain(policy: ActorCriticPolicy) -> Callable[[], bool]:
+def require_plain(policy: ActorCriticPolicy) -> Callable[[], bool]:
     """Raise `NotCoveredError` unless all that the policy does on the way to an action is known here.
 
     Returns:

@@ -49,6 +49,21 @@ class NotCoveredError(Exception):
     """The fast path does not cover this model; the message says why."""
 
 
+def plain_layers(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Linear layers and activations in a row, a linear one first, of which modules are made.
+
+    Raises:
+        NotCoveredError: If there is another kind of layer.
+    """
+    layers: list[nn.Module] = []
+    for module in modules:
+        for part in module if isinstance(module, nn.Sequential) else [module]:
+            if type(part) is not nn.Linear and (type(part) not in ACTIVATIONS or not layers):
+                raise NotCoveredError(f"layer {type(part).__name__}")
+            layers.append(part)
+    return layers
+
+
 class Layer:
     """An affine map and the activations that follow it.
 
@@ -97,14 +112,11 @@ class Mlp:
     def __init__(self, modules: Sequence[nn.Module], input: Tensor, *, exact: bool) -> None:
         self._layers: list[Layer] = []
         self._exact = exact
-        for module in modules:
-            for part in module if isinstance(module, nn.Sequential) else [module]:
-                if type(part) is nn.Linear:
-                    self._layers.append(Layer(part))
-                elif type(part) in ACTIVATIONS and self._layers:
-                    self._layers[-1].follow_by(part)
-                else:
-                    raise NotCoveredError(f"layer {type(part).__name__}")
+        for part in plain_layers(modules):
+            if isinstance(part, nn.Linear):
+                self._layers.append(Layer(part))
+            else:
+                self._layers[-1].follow_by(part)
         self._operations: list[Callable[[], Any]] = []
         self.output = input
         for layer in self._layers:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from sb3_trpo_ext.core.arguments import check_finite, check_integer, check_sched
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.signal import CURES
 from sb3_trpo_ext.rollout.action_spaces import KINDS
 from sb3_trpo_ext.rollout.buffers import by_time, check_full, resize, whole_rollout
@@ -49,7 +51,7 @@ from sb3_trpo_ext.training.transaction import (
     StateCheckpoint,
 )
 
-PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts"} - {
+PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts", "fast_updates"} - {
     "monitor_wrapper",
     "supported_action_spaces",
     "_init_setup_model",
@@ -61,6 +63,8 @@ REJECTIONS_BEFORE_WARNING = 10
 PROBED = 256
 """Most samples in one forward pass where observations that are not finite are looked at."""
 
+_STAND_INS: WeakKeyDictionary[TrustRegionAlgorithm, PlainPolicy] = WeakKeyDictionary()
+"""What stood for a model's policy in its last update, if it was fast."""
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
 
@@ -90,6 +94,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     Attributes:
         rollout_path: How the last rollout was collected: ``"fast"``, or SB3's way and why.
+        update_path: How the last update was computed: ``"fast"``, or by autograd and why.
         policy_changes_in_rollouts: Whether something else than a callback changes the policy while a rollout is
             collected, which fast rollouts then expect at every step. They notice it by themselves, one rollout late.
     """
@@ -112,11 +117,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         env: GymEnv | str,
         *,
         fast_rollouts: bool | Literal["exact"] = True,
+        fast_updates: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=tuple(KINDS))
         self.fast_rollouts = fast_rollouts
-        self.rollout_path = ""
+        self.fast_updates = fast_updates
+        self.rollout_path = self.update_path = ""
+        self._plain_policy: PlainPolicy | None = None
         self.policy_changes_in_rollouts = False
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
@@ -143,6 +151,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         check_spaces(self.observation_space, self.action_space)
         if self.fast_rollouts not in (True, False, "exact"):
             raise ValueError(f"`fast_rollouts` must be True, False or 'exact', got {self.fast_rollouts!r}.")
+        if self.fast_updates not in (True, False):
+            raise ValueError(f"`fast_updates` must be True or False, got {self.fast_updates!r}.")
         check_integer("n_steps", self.n_steps)
         check_schedule("learning_rate", self.learning_rate)
         check_finite("ent_coef", self.ent_coef)
@@ -352,14 +362,36 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             with Atomic(*states), Atomic(*states):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
+                self._plain_policy = self._stand_in()
                 finished = self._update()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
             outcome = Outcome({}, str(rejection))
             self._after_rejection(rejection)
+        finally:
+            self._plain_policy = None
         self._report(outcome)
         self._log(outcome.record)
+
+    def _stand_in(self) -> PlainPolicy | None:
+        """What computes an update by hand in the policy's stead, if it can; ``update_path`` says whether and why."""
+        plain, path = None, "autograd: fast_updates=False"
+        if self.fast_updates:
+            try:
+                plain, path = self._require_fast_updates(), "fast"
+            except NotCoveredError as reason:
+                path = f"autograd: {reason}"
+        if path != self.update_path and self.verbose >= 1:
+            print(f"Updates: {path}")
+        self.update_path = path
+        return plain
+
+    def _require_fast_updates(self) -> PlainPolicy:
+        """What stands for the policy; `NotCoveredError` where nothing can."""
+        known = _STAND_INS.pop(self, None)
+        _STAND_INS[self] = stand_in = known.renewed(self.policy) if known else PlainPolicy(self.policy)
+        return stand_in
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "reduction"]

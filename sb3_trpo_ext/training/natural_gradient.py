@@ -14,7 +14,6 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import leave_gradients
 from sb3_trpo_ext.critic import make_critic
@@ -186,7 +185,18 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         seen = without_noise(self._policy_samples(batch, chunk_size), self.rollout_buffer)
         if self.normalize_advantage:
             seen = seen.with_normalized_advantages()
-        return PolicyProblem(self.policy, seen, ent_coef=self.entropy_weight(), chunk_size=chunk_size)
+        return PolicyProblem(
+            self._plain_policy or self.policy,
+            seen,
+            ent_coef=self.entropy_weight(),
+            chunk_size=chunk_size,
+            curvature_samples=self._curvature_samples(seen),
+        )
+
+    def _curvature_samples(self, batch: Batch) -> int:
+        """Most samples that the Fisher matrix is estimated from."""
+        samples = math.ceil(batch.reduction.count(len(batch)) / self.sub_sampling_factor)
+        return samples if self.curvature_samples is None else min(samples, self.curvature_samples)
 
     def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The samples of the policy step, of a rollout that the critic sees as it is."""
@@ -210,17 +220,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
         """One step of the policy from θ_old, to which it is put back, bit for bit, if the step is rejected."""
 
-    def _fisher(self, problem: PolicyProblem) -> GaussNewtonProduct:
-        """Products with F + λI."""
-        samples = math.ceil(problem.batch.reduction.count(len(problem.batch)) / self.sub_sampling_factor)
-        if self.curvature_samples is not None:
-            samples = min(samples, self.curvature_samples)
-        return problem.fisher(self.cg_damping * self._action_dimensions(), samples)
-
     def _direction(self, problem: PolicyProblem, vector: Tensor | None = None) -> Direction:
         """Solve (F + λI) x = v, v being the gradient if None."""
         return natural_direction(
-            self._fisher(problem),
+            problem.fisher(self.cg_damping * self._action_dimensions()),
             problem,
             vector,
             max_steps=self.cg_max_steps,
@@ -261,6 +264,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             curvature_samples=self.curvature_samples,
             chunk_size=chunk_size,
             minibatches_are_parts=type(self.rollout_buffer) in VIEWED_BUFFERS,
+            plain=self._plain_policy,
         )
 
     def _checkpoints(self) -> tuple[Restorable, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Linearization
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Linearization, Segment
 from sb3_trpo_ext.core.vectors import assign, flatten, unflatten
 
 
@@ -18,10 +18,10 @@ class Problem:
         self.scale = torch.rand(7, 2, dtype=torch.float64) + 0.1
         self.size = sum(param.numel() for param in self.params)
 
-    def segments(self, size: int) -> list[Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]]]:
-        def segment(start: int) -> Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    def segments(self, size: int) -> list[Segment]:
+        def segment(start: int) -> Segment:
             part = slice(start, start + size)
-            return lambda: (self.net(self.x[part]), lambda v: self.scale[part] * v)
+            return lambda: (Linearization(self.net(self.x[part]), self.params), lambda v: self.scale[part] * v)
 
         return [segment(start) for start in range(0, 7, size)]
 
@@ -50,7 +50,7 @@ def test_products_with_the_jacobian_match_the_dense_one(problem: Problem) -> Non
 @pytest.mark.parametrize("chunk", [7, 3, 1])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_product_is_the_dense_gauss_newton_matrix(problem: Problem, chunk: int, damping: float) -> None:
-    product = GaussNewtonProduct(problem.segments(chunk), problem.params, damping)
+    product = GaussNewtonProduct(problem.segments(chunk), damping)
     eye = torch.eye(problem.size, dtype=torch.float64)
     matrix = torch.stack([product(row) for row in eye])
     dense = problem.jacobian()
@@ -63,7 +63,7 @@ def test_product_is_the_dense_gauss_newton_matrix(problem: Problem, chunk: int, 
 def test_one_segment_is_run_once_and_several_at_each_product(problem: Problem, chunk: int, runs: int) -> None:
     count = 0
 
-    def counted(segment: Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]]) -> Callable[[], object]:
+    def counted(segment: Segment) -> Callable[[], object]:
         def run() -> object:
             nonlocal count
             count += 1
@@ -71,7 +71,7 @@ def test_one_segment_is_run_once_and_several_at_each_product(problem: Problem, c
 
         return run
 
-    product = GaussNewtonProduct([counted(s) for s in problem.segments(chunk)], problem.params, 0.1)  # type: ignore
+    product = GaussNewtonProduct([counted(s) for s in problem.segments(chunk)], 0.1)  # type: ignore
     for _ in range(3):
         product(torch.ones(problem.size, dtype=torch.float64))
     assert count == runs

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.curvature import GaussNewtonProduct
+from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Linearization
 from sb3_trpo_ext.core.natural_step import (
     Acceptance,
     Direction,
@@ -61,10 +61,11 @@ class Quadratic:
         )
 
     def fisher(self, damping: float) -> GaussNewtonProduct:
-        def outputs() -> tuple[Tensor, Any]:
-            return self.jacobian @ torch.cat([param.flatten() for param in self.params]), lambda v: v
+        def outputs() -> tuple[Linearization, Any]:
+            z = self.jacobian @ torch.cat([param.flatten() for param in self.params])
+            return Linearization(z, self.params), lambda v: v
 
-        return GaussNewtonProduct([outputs], self.params, damping)
+        return GaussNewtonProduct([outputs], damping)
 
     def direction(self, damping: float = 0.1, **options: Any) -> Direction:
         return natural_direction(self.fisher(damping), self, **{"max_steps": 50, "residual_tol": 1e-12, **options})
@@ -84,7 +85,7 @@ class Line:
         return self._evaluated(self.tried[-1])
 
     def step(self, acceptance: Acceptance, **options: Any) -> Step[Point]:
-        direction = natural_direction(GaussNewtonProduct([], [], 1.0), self, max_steps=1)
+        direction = natural_direction(GaussNewtonProduct([], 1.0), self, max_steps=1)
         return backtrack(self, direction, 1.0, acceptance.rejection, **options)
 
 

@@ -1,0 +1,195 @@
+"""A policy of plain layers: its outputs, gradients and Jacobian products by hand instead of by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sb3_trpo_ext.core.curvature import Jacobian
+from sb3_trpo_ext.core.flat_optimizer import is_observed
+from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.policy.perceptron import Perceptron, parameters_of
+from sb3_trpo_ext.rollout.fast_policy import require_plain
+from sb3_trpo_ext.rollout.forward import NotCoveredError
+
+KEPT_BYTES = 64 * 2**20
+"""Memory that a policy's networks may hold from one update to the next."""
+
+
+class PlainPolicy:
+    """SB3's or sb3-contrib's actor-critic policy of plain layers, asked as the policy itself is asked.
+
+    It is on the policy's own parameters as they are, and sets the policy's own distribution. It may be kept from update
+    to update, for as long as `renewed` says so, and with it the memory of its networks.
+
+    Args:
+        policy: The policy.
+
+    Attributes:
+        actor_modules: From features to means or logits.
+        critic_modules: From features to V.
+        log_std: log σ of a Gaussian; None for others.
+
+    Raises:
+        NotCoveredError: If any part of the policy could compute otherwise than plain layers would, somebody may look at
+            a gradient on its way, or a parameter is frozen or shared between actor and critic.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self._is_as_it_was = require_plain(policy)
+        if isinstance(policy, RecurrentActorCriticPolicy):
+            raise NotCoveredError("a policy with memory")
+        self._policy: Any = policy
+        self._require_unobserved()
+        self.actor_modules = [policy.mlp_extractor.policy_net, policy.action_net]
+        self.critic_modules = [policy.mlp_extractor.value_net, policy.value_net]
+        self.log_std: nn.Parameter | None = None
+        if isinstance(policy.action_dist, DiagGaussianDistribution):
+            self.log_std = policy.log_std
+        if self.actor_parameters() & self.critic_parameters():
+            raise NotCoveredError("layers that actor and critic share")
+        self._networks: dict[tuple[str, int, int], Perceptron] = {}
+        self._lent = 0
+
+    def _require_unobserved(self) -> None:
+        if is_observed(self._policy):
+            raise NotCoveredError("a hook of a parameter or a module")
+        if not all(param.requires_grad for param in self._policy.parameters()):
+            raise NotCoveredError("frozen parameters")
+
+    def renewed(self, policy: ActorCriticPolicy) -> PlainPolicy:
+        """What stands for a policy in another update: itself, if it is the same policy with the same parts."""
+        if policy is not self._policy or not self._is_as_it_was():
+            return PlainPolicy(policy)
+        self._require_unobserved()
+        self._lent = 0
+        if sum(network.nbytes for network in self._networks.values()) > KEPT_BYTES:
+            self._networks.clear()
+        return self
+
+    def actor_parameters(self) -> set[nn.Parameter]:
+        """Those that π depends on."""
+        found = {*parameters_of(self.actor_modules)}
+        return found if self.log_std is None else found | {self.log_std}
+
+    def critic_parameters(self) -> set[nn.Parameter]:
+        """Those that V depends on."""
+        return {*parameters_of(self.critic_modules)}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the policy."""
+        return list(self._policy.parameters())
+
+    def features(self, observations: PyTorchObs) -> Tensor:
+        """Flat features ``(N, F)``, as the policy's extractors compute them."""
+        with torch.no_grad():
+            return BaseModel.extract_features(self._policy, observations, self._policy.pi_features_extractor)
+
+    def get_distribution(self, observations: PyTorchObs, action_masks: Any = None) -> Distribution:
+        """π(·|s), in the policy's own object; its gradient is to be taken, once, before the next call."""
+        y = _ByHand.outputs(self._network("actor", self.features(observations)))
+        distribution: Any = self._policy.action_dist
+        if self.log_std is None:
+            distribution.proba_distribution(action_logits=y)
+        else:
+            distribution.proba_distribution(y, self.log_std)
+        if action_masks is not None:
+            distribution.apply_masking(action_masks)
+        return distribution
+
+    def values(self, features: Tensor) -> Tensor:
+        """V(s) of features, ``(N,)``; their gradient is to be taken, once, before the next call."""
+        return _ByHand.outputs(self._network("critic", features)).flatten()
+
+    def actor_jacobian(self, observations: PyTorchObs, params: Sequence[nn.Parameter]) -> Jacobian:
+        """That of means and log σ, or of logits, at the parameters as they are; to be used in the present update."""
+        network = self._network("actor", self.features(observations), lend=True)
+        return PerceptronJacobian(network, params, log_std=self.log_std)
+
+    def critic_jacobian(self, features: Tensor, params: Sequence[nn.Parameter]) -> Jacobian:
+        """That of V, ``(N,)``, likewise."""
+        return PerceptronJacobian(self._network("critic", features, lend=True), params, is_scalar=True)
+
+    def _network(self, name: str, x: Tensor, *, lend: bool = False) -> Perceptron:
+        """A network with given inputs: one of its own for each borrower, otherwise the same for all."""
+        self._lent += lend
+        key = name, len(x), self._lent if lend else 0
+        if key not in self._networks:
+            modules = self.actor_modules if name == "actor" else self.critic_modules
+            self._networks[key] = Perceptron(modules, torch.empty_like(x, memory_format=torch.contiguous_format))
+        network = self._networks[key]
+        network.x.copy_(x)
+        return network
+
+
+class PerceptronJacobian:
+    """J = ∂z/∂θ as products in both directions, z = y, (y, log σ) or, if scalar, the numbers of a single column.
+
+    Args:
+        network: At θ; nobody else's.
+        params: θ, P numbers in all.
+        log_std: log σ, the same for all rows; None for none.
+        is_scalar: Whether z has no axis of columns.
+    """
+
+    def __init__(
+        self,
+        network: Perceptron,
+        params: Sequence[nn.Parameter],
+        *,
+        log_std: nn.Parameter | None = None,
+        is_scalar: bool = False,
+    ) -> None:
+        self._network, self._params, self._log_std, self._is_scalar = network, list(params), log_std, is_scalar
+        network.forward()
+
+    def jvp(self, vector: Tensor) -> Tensor:
+        """J v: ``(P,)`` -> ``(N, K)``."""
+        tangent = dict(zip(self._params, unflatten(vector, self._params), strict=True))
+        image = self._network.pushforward(tangent)
+        if self._log_std is not None:
+            return torch.cat([image, tangent[self._log_std].expand_as(image)], dim=1)
+        return image.flatten() if self._is_scalar else image
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ w: ``(N, K)`` -> ``(P,)``."""
+        network = self._network
+        columns = network.u.shape[1]
+        network.u.copy_(cotangent.view(len(cotangent), -1)[:, :columns])
+        network.pullback()
+        pieces = dict(network.gradient)
+        if self._log_std is not None:
+            pieces[self._log_std] = cotangent[:, columns:].sum(dim=0)
+        return flatten([pieces[param] for param in self._params])
+
+
+class _ByHand(torch.autograd.Function):
+    """The outputs of a network, whose gradient it computes itself."""
+
+    @staticmethod
+    def outputs(network: Perceptron) -> Tensor:
+        y: Tensor = _ByHand.apply(network, *network.params)
+        return y
+
+    @staticmethod
+    def forward(ctx: Any, network: Perceptron, *params: Tensor) -> Tensor:
+        y = network.forward().clone()  # the network must not hold what holds the network
+        ctx.network, ctx.passes = network, network.passes
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> Any:
+        network: Perceptron = ctx.network
+        assert network.passes == ctx.passes, "another forward pass has overwritten what this gradient needs"
+        network.u.copy_(u)
+        network.pullback()
+        return None, *(network.gradient[param].clone() for param in network.params)

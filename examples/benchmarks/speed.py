@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -108,16 +108,16 @@ PEERS = {
 OTHERS = {"sbx": "sbx-rl", "skrl": "skrl", "tianshou": "tianshou"}
 """The arms of other libraries, and the packages that they need."""
 
-SHORT = {"n_steps": 256}
-WIDE = {"policy_kwargs": {"net_arch": [256, 256]}}
-ADAM = {"critic": "adam"}
 LSTM = {"n_steps": 128, "policy_kwargs": {"lstm_hidden_size": 64}}
+
+SHORT = Case("CartPole-v1", 8, iterations=10, settings={"n_steps": 256})
+WIDE = Case("HalfCheetah-v5", 1, iterations=3, settings={"policy_kwargs": {"net_arch": [256, 256]}})
 
 CASES = [
     Case("CartPole-v1", 8),
     # skrl's TRPO has Gaussian policies alone
-    Case("CartPole-v1", 8, "TRPO", False, 10, SHORT, "CartPole-v1, 8 envs of 256 steps", others=("tianshou",)),
-    Case("CartPole-v1", 8, "TRPO", False, 10, SHORT, "Adam critic, CartPole-v1, 8 envs of 256 steps", ADAM),
+    replace(SHORT, label="CartPole-v1, 8 envs of 256 steps", others=("tianshou",)),
+    replace(SHORT, label="Adam critic, CartPole-v1, 8 envs of 256 steps", own={"critic": "adam"}),
     Case("Pendulum-v1", 1),
     Case("Hopper-v5", 1, others=("skrl", "tianshou")),
     Case("Hopper-v5", 8, iterations=3),
@@ -127,20 +127,8 @@ CASES = [
     Case("random images", 8, iterations=1, settings={"n_steps": 1024}),
     Case("Hopper-v5", 1, algorithm="PPOClip", others=tuple(OTHERS)),
     Case("CartPole-v1", 8, algorithm="PPOClip"),
-    Case(
-        "CartPole-v1",
-        8,
-        "PPOClip",
-        False,
-        5,
-        SHORT,
-        "PPOClip vs PPO, CartPole-v1, 8 envs of 256 steps",
-        {},
-        tuple(OTHERS),
-    ),
-    Case(
-        "HalfCheetah-v5", 1, "PPOClip", False, 3, WIDE, "PPOClip vs PPO, HalfCheetah-v5, 256 x 256", {}, tuple(OTHERS)
-    ),
+    replace(SHORT, algorithm="PPOClip", label="PPOClip vs PPO, CartPole-v1, 8 envs of 256 steps", others=tuple(OTHERS)),
+    replace(WIDE, algorithm="PPOClip", label="PPOClip vs PPO, HalfCheetah-v5, 256 x 256", others=tuple(OTHERS)),
     Case("CartPole-v1 as a Dict", 8),
     Case("CartPole-v1 with masks", 8, algorithm="MaskableTRPO"),
     Case("Pendulum-v1", 8, algorithm="RecurrentTRPO", iterations=3, settings=LSTM),
@@ -697,13 +685,14 @@ def report_arms(measured: dict[str, Any]) -> None:
             if "steps" not in runs[0]:
                 continue
             updates = [run["policy"] + run["critic"] for run in runs]
+            label = "SB3, sb3-contrib" if arm == "peer" else arm
             cells = [f"{np.median([run['steps'] / run['iteration'] for run in runs]):.0f}"]
             cells += [f"{1000 * np.median(seconds):.0f}" for seconds in ([run["rollout"] for run in runs], updates)]
             if "products" in runs[0]:
                 cells.append(f"{np.median([run['operations'] for run in runs]) / 1e9:.2f}")
                 shares = [run["products"] / update for run, update in zip(runs, updates, strict=True)]
                 cells.append(f"{100 * np.median(shares):.0f} %")
-            print(f"| {name} | {arm} | " + " | ".join(cells + [""] * (5 - len(cells))) + " |")
+            print(f"| {name} | {label} | " + " | ".join(cells + [""] * (5 - len(cells))) + " |")
 
 
 def plot(figure_path: Path) -> None:

@@ -163,7 +163,10 @@ def test_the_speed_benchmark_measures_and_reports(tmp_path: Path) -> None:
         measured = json.loads(run(script, "--measure", "batch 1024, width 64", arm).splitlines()[-1])
         assert all(measured[phase] > 0 for phase in ("iteration", "rollout", "policy", "critic", "environment_bound"))
         assert sum(measured[phase] for phase in ("rollout", "policy", "critic")) <= measured["iteration"]
-    assert "| whole iteration |" in run(script, "--report", "--figure", str(tmp_path / "scaling.png"))
+        assert 0 < measured["products"] < measured["policy"] + measured["critic"]
+    printed = run(script, "--report", "--figure", str(tmp_path / "scaling.png"))
+    assert "| whole iteration | fastest other library |" in printed
+    assert "| share of the machine's arithmetic |" in printed
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

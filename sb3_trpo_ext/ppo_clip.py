@@ -17,6 +17,7 @@ from sb3_trpo_ext.policy.problem import PolicyEvaluation
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.training.base import plain
 from sb3_trpo_ext.training.first_order import FirstOrderAlgorithm
+from sb3_trpo_ext.training.minibatch_kernel import Loss, clipped
 
 
 class PPOClip(FirstOrderAlgorithm):
@@ -153,12 +154,16 @@ class PPOClip(FirstOrderAlgorithm):
         mean, clipped = part.reduction.mean, (ratio.detach() - 1).abs() > clip_range
         return -mean(clipped_surrogate(ratio, advantages, clip_range)), mean(clipped.float())
 
-    def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
+    def _loss_by_hand(self) -> Loss:
+        assert callable(self.clip_range)
+        return Loss(clipped(self.clip_range(self._current_progress_remaining)))
+
+    def _exceeds_target(self, approx_kl: float, epoch: int) -> bool:
         if self.target_kl is None:
             return False
-        exceeded = float(approx_kl) > 1.5 * self._current_value(self.target_kl)
+        exceeded = approx_kl > 1.5 * self._current_value(self.target_kl)
         if exceeded and self.verbose >= 1:
-            print(f"{type(self).__name__}: epoch {epoch} ended by target_kl, sampled KL {float(approx_kl):.3g}.")
+            print(f"{type(self).__name__}: epoch {epoch} ended by target_kl, sampled KL {approx_kl:.3g}.")
         return exceeded
 
     def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:

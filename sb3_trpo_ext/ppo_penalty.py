@@ -25,6 +25,7 @@ from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.training.base import UpdateRejectedError, plain
 from sb3_trpo_ext.training.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
+from sb3_trpo_ext.training.minibatch_kernel import Loss, unclipped
 from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
 LARGEST_KL_COEF = torch.finfo(torch.float32).max ** 0.25
@@ -204,6 +205,9 @@ class PPOPenalty(FirstOrderAlgorithm):
         divergence = mean(output.family.kl(part.old_z, output.z))
         penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
         return penalty - mean(importance_sampled_surrogate(ratio, advantages)), penalty.detach()
+
+    def _loss_by_hand(self) -> Loss:
+        return Loss(unclipped, kl_weight=self.kl_coef)
 
     def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.optim.adam import adam
 
-from sb3_trpo_ext.core.parameters import trainable
+from sb3_trpo_ext.core.parameters import HasParameters, trainable
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.core.vectors import flatten, unflatten
 
@@ -56,15 +58,12 @@ class FlatOptimizer:
         self._fused = fused
         self._params = [param for param in trainable(module) if param not in frozen]
         self._by_itself = (
-            _is_its_own(optimizer)
+            not is_plain_adam(optimizer, module, self._params)
             or is_observed(module)
-            or len(optimizer.param_groups) > 1
             or (not fused and sum(param.numel() for param in self._params) > LARGEST_FLAT)
-            or not {*self._params} <= {*optimizer.param_groups[0]["params"]} <= {*module.parameters()}
-            or any(optimizer.param_groups[0].get(flag) for flag in ("foreach", "capturable", "differentiable", "fused"))
         )
         self._reached: list[nn.Parameter] = []
-        self._flat: _FlatAdam | None = None
+        self._flat: FlatAdam | None = None
         self._set_aside: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __enter__(self) -> FlatOptimizer:
@@ -117,7 +116,7 @@ class FlatOptimizer:
             self._write_back()
             self._reached = reached
             if _has_a_flat_form(self._optimizer, reached):
-                self._flat = _FlatAdam(self._optimizer, reached, fused=self._fused)
+                self._flat = FlatAdam(self._optimizer, reached, fused=self._fused)
         if self._flat is not None:
             self._flat.step()
         else:
@@ -163,62 +162,168 @@ def _clip(gradients: list[Tensor], max_norm: float) -> bool:
     return finite
 
 
-class _FlatAdam:
-    """Torch's own Adam on a flat copy of some parameters, with a flat copy of an optimiser's state."""
+class FlatAdam:
+    """Torch's own Adam on a flat copy of some parameters, with a flat copy of an optimiser's state.
+
+    Args:
+        optimizer: An optimiser of which `is_plain_adam` and `has_one_state` say that it has a flat form.
+        params: The parameters.
+        fused: Run Adam as one kernel where torch has one.
+
+    Attributes:
+        vector: The parameters, ``(P,)``.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], *, fused: bool) -> None:
         self._params = params
-        self._vector = nn.Parameter(flatten(params).detach())
-        self._views = list(unflatten(self._vector.detach(), params))
+        self.vector = nn.Parameter(flatten(params).detach())
+        self._views = list(unflatten(self.vector.detach(), params))
         kind = torch.optim.AdamW if isinstance(optimizer, torch.optim.AdamW) else torch.optim.Adam
-        self._adam = kind([self._vector])
-        group = self._adam.param_groups[0]
+        self._adam = kind([self.vector])
+        self._group = group = self._adam.param_groups[0]
         group.update({key: value for key, value in optimizer.param_groups[0].items() if key != "params"})
-        group["fused"] = True if fused and has_fused_adam(self._vector.device.type) else None
+        group["fused"] = True if fused and has_fused_adam(self.vector.device.type) else None
         # The fused kernel wants the number of steps where the parameters are, the plain one on the CPU.
-        step_device = self._vector.device if group["fused"] else torch.device("cpu")
+        step_device = self.vector.device if group["fused"] else torch.device("cpu")
         states = [optimizer.state[param] for param in params if param in optimizer.state]
         if states:
-            self._adam.state[self._vector] = {
+            self._adam.state[self.vector] = {
                 key: value.to(step_device, copy=True) if key == "step" else flatten([state[key] for state in states])
                 for key, value in states[0].items()
             }
+        self._is_usual = kind is torch.optim.Adam and not any(
+            group[option] for option in ("weight_decay", "amsgrad", "maximize")
+        )
+
+    def pieces(self, vector: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Views of a vector ``(P,)``, by parameter."""
+        return dict(zip(self._params, unflatten(vector, self._params), strict=True))
 
     def step(self) -> None:
         """One step of Adam along the parameters' gradients, which brings the parameters along."""
-        self._vector.grad = flatten(_gradients(self._params))
+        self.vector.grad = flatten(_gradients(self._params))
         self._adam.step()
-        self._bring_along()
+        self.bring_along()
+
+    def step_along(self, gradient: Tensor) -> None:
+        """One step of Adam of the vector alone, without telling those who watch optimisers."""
+        state, group = self._adam.state.get(self.vector), self._group
+        if not (self._is_usual and state):
+            self.vector.grad = gradient
+            self._adam.step()
+            return
+        # What the optimiser would call, without what it does before.
+        beta1, beta2 = group["betas"]
+        adam(
+            [self.vector.detach()],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            fused=bool(group["fused"]),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
 
     @torch.no_grad()
-    def _bring_along(self) -> None:
+    def bring_along(self) -> None:
+        """Write the vector into the parameters."""
         torch._foreach_copy_(list[Tensor](self._params), self._views)
 
     def write_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimiser the state that it would have."""
-        for key, value in self._adam.state[self._vector].items():
+        for key, value in self._adam.state[self.vector].items():
             pieces = [value] * len(self._params) if key == "step" else unflatten(value, self._params)
             for param, piece in zip(self._params, pieces, strict=True):
                 optimizer.state[param][key] = piece.clone()
 
 
+class FlatDescent:
+    """Adam along gradients that somebody writes into a vector, of parameters that are read from a vector.
+
+    When the block is left, by an exception too, parameters and the optimiser's state are brought up to date, and the
+    gradient of the last step is in ``p.grad``.
+
+    Args:
+        optimizer: An optimiser that `can_descend`.
+        params: The parameters.
+
+    Attributes:
+        parameters: Where they are in the block.
+        gradient: The vector ``(P,)`` to step along; zero at first.
+        gradients: Views of it, by parameter.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        self._optimizer, self._params = optimizer, params
+        self._has_stepped = False
+
+    def __enter__(self) -> FlatDescent:
+        """Lay the parameters and the optimiser's state out as vectors."""
+        self._adam = FlatAdam(self._optimizer, self._params, fused=True)
+        self.parameters = self._adam.pieces(self._adam.vector.detach())
+        self.gradient = torch.zeros_like(self._adam.vector.detach())
+        self.gradients = self._adam.pieces(self.gradient)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write parameters, gradients and state back."""
+        if self._has_stepped:
+            self._adam.bring_along()
+            self._adam.write_back(self._optimizer)
+            for param, gradient in self.gradients.items():
+                param.grad = gradient.clone()
+
+    def step(self) -> None:
+        """One step along the gradient."""
+        self._has_stepped = True
+        self._adam.step_along(self.gradient)
+
+
+def can_descend(optimizer: torch.optim.Optimizer, module: HasParameters, params: Sequence[nn.Parameter]) -> bool:
+    """Whether a `FlatDescent` takes the steps of an optimiser; see `is_plain_adam`."""
+    return is_plain_adam(optimizer, module, params) and has_one_state(optimizer, params)
+
+
+def has_one_state(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> bool:
+    """Whether an Adam has stepped all of some parameters equally often."""
+    states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in params]
+    return len({float(state["step"]) if "step" in state else None for state in states}) == 1
+
+
 def _has_a_flat_form(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> bool:
     """Whether one vector can stand for the parameters that have gradients."""
-    states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for param in params]
-    steps = {float(state["step"]) if "step" in state else None for state in states}
     kinds = {(param.device, param.dtype, None if param.grad is None else param.grad.layout) for param in params}
-    return len(steps) == 1 and len(kinds) == 1 and kinds.pop()[2] is torch.strided
+    return has_one_state(optimizer, params) and len(kinds) == 1 and kinds.pop()[2] is torch.strided
 
 
-def _is_its_own(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step may be anything but torch's Adam, or somebody may look at the optimiser between two steps."""
-    kind = type(optimizer)
+def is_plain_adam(optimizer: torch.optim.Optimizer, module: HasParameters, params: Sequence[nn.Parameter]) -> bool:
+    """Whether the steps of some parameters are those of torch's Adam, unobserved, with one setting for all.
+
+    Args:
+        optimizer: The optimiser.
+        module: Whose parameters it may have, and no others.
+        params: The parameters.
+    """
+    kind, group = type(optimizer), optimizer.param_groups[0]
     return (
-        kind not in (torch.optim.Adam, torch.optim.AdamW)
-        or not vars(optimizer).keys() <= _own_attributes(kind)
-        or not all(_is_torchs(getattr(kind, method)) for method in ("step", "zero_grad"))
-        or _has_hooks(vars(optimizer))
-        or _has_hooks(vars(sys.modules[torch.optim.Optimizer.__module__]))
+        kind in (torch.optim.Adam, torch.optim.AdamW)
+        and vars(optimizer).keys() <= _own_attributes(kind)
+        and all(_is_torchs(getattr(kind, method)) for method in ("step", "zero_grad"))
+        and not _has_hooks(vars(optimizer))
+        and not _has_hooks(vars(sys.modules[torch.optim.Optimizer.__module__]))
+        and len(optimizer.param_groups) == 1
+        and {*params} <= {*group["params"]} <= {*module.parameters()}
+        and not any(group.get(flag) for flag in ("foreach", "capturable", "differentiable", "fused"))
     )
 
 
@@ -229,6 +334,15 @@ def is_observed(module: nn.Module) -> bool:
         or any(_has_hooks(vars(each)) for each in module.modules())
         or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in module.parameters())
     )
+
+
+def is_awaited(param: nn.Parameter) -> bool:
+    """Whether somebody holds the node at which a parameter's gradient arrives: a multi-gradient hook, or a graph.
+
+    Torch makes that node where it is asked for it, and forgets it with whoever holds it; so does a mark left on it.
+    """
+    get_gradient_edge(param).node.metadata["asked"] = True
+    return bool(get_gradient_edge(param).node.metadata.pop("asked", False))
 
 
 def _has_hooks(attributes: Mapping[str, Any]) -> bool:

@@ -83,6 +83,13 @@ class Reduction:
         variance = self.total(centred.square().sum()) / (count - 1)
         return centred / (variance.sqrt() + 1e-8)
 
+    def standardized_rows(self, values: Tensor) -> Tensor:
+        """The same for each row of ``(M, n)``, a minibatch of which this worker has n samples."""
+        count = self.count(values.shape[1])
+        centred = values - self.total(values.sum(dim=1, keepdim=True)) / count
+        variance = self.total(centred.square().sum(dim=1, keepdim=True)) / (count - 1)
+        return centred / (variance.sqrt() + 1e-8)
+
     def gradients(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """The totals of gradients of any shapes, in one exchange."""
         if self.workers == 1:

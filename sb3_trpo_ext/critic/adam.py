@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer
+from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend
 from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
+from sb3_trpo_ext.policy.perceptron import Perceptron
 
 
 class AdamCritic(Critic):
     """Minibatch regression with the policy's optimiser, as in sb3-contrib.
 
-    Torch's Adam runs on one flat vector, as one fused kernel where torch has one. Its settings are the model's own
-    arguments ``learning_rate``, ``batch_size`` and ``n_critic_updates``; its state is the optimiser's, which the model
-    keeps.
+    Torch's Adam runs on one flat vector, as one fused kernel where torch has one, for a V of plain layers without
+    autograd. Its settings are the model's own arguments ``learning_rate``, ``batch_size`` and ``n_critic_updates``; its
+    state is the optimiser's, which the model keeps.
     """
 
     def fit(self, regression: Regression) -> float:
         """Run the epochs; the returned error is the mean over minibatches, each before its step."""
         values = ValueFunction(regression, keep_features=regression.minibatches_are_parts)
-        policy, losses = regression.policy, []
-        with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True) as optimizer:
-            for _ in range(regression.epochs):
-                for part in regression.minibatches(values.batch):
-                    loss = part.reduction.mean((part.returns - values(part)).square())
-                    optimizer.descend(loss, reduction=part.reduction)
-                    losses.append(loss.detach())
+        by_hand = values.by_hand and can_descend(regression.policy.optimizer, regression.policy, values.params)
+        losses = (_losses_by_hand if by_hand else _losses)(regression, values)
         return regression.batch.reduction.number(torch.stack(losses).sum() / len(losses))
+
+
+def _losses(regression: Regression, values: ValueFunction) -> list[Tensor]:
+    """This worker's share of the loss on each minibatch, before the step along its gradient."""
+    policy, losses = regression.policy, []
+    with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True) as optimizer:
+        for _ in range(regression.epochs):
+            for part in regression.minibatches(values.batch):
+                loss = part.reduction.mean((part.returns - values(part)).square())
+                optimizer.descend(loss, reduction=part.reduction)
+                losses.append(loss.detach())
+    return losses
+
+
+def _losses_by_hand(regression: Regression, values: ValueFunction) -> list[Tensor]:
+    """The same without autograd: the gradient of E[(R - V)²] is Jᵀu with u = 2 (V - R) / n."""
+    plain, losses = values.by_hand, []
+    assert plain is not None  # see `fit`
+    networks: dict[int, Perceptron] = {}
+    params = [param for param in values.params if param in plain.critic_parameters()]
+    with FlatDescent(regression.policy.optimizer, params) as descent:
+        for _ in range(regression.epochs):
+            for part in regression.minibatches(values.batch):
+                features, rows, reduction = part.inputs, len(part), part.reduction
+                assert isinstance(features, Tensor)  # those of fixed features
+                if rows not in networks:
+                    x = torch.empty_like(features, memory_format=torch.contiguous_format)
+                    networks[rows] = Perceptron(plain.critic_modules, x, descent.parameters, descent.gradients)
+                network = networks[rows]
+                network.x.copy_(features)
+                error = network.forward()[:, 0] - part.returns
+                losses.append(reduction.mean(error.square()))
+                torch.mul(error, 2.0 / reduction.count(rows), out=network.u[:, 0])
+                network.pullback()
+                descent.gradient.copy_(reduction.total(descent.gradient))
+                descent.step()
+    return losses

@@ -185,6 +185,9 @@ class SampledFamily(Family):
         return _finite_exp(z - self.taken_log_prob.unsqueeze(1)) * v
 
 
+OWN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
+"""Those with closed forms here."""
+
 _CACHED = 2**16
 """Numbers in a part of a KL divergence that is computed by itself: intermediate results are few, and stay in cache."""
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_trpo_ext.core.shared_switch import SharedSwitch
@@ -25,6 +26,18 @@ def _plain_attention() -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    validates = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(validates)
+
+
+UNVALIDATED = SharedSwitch(_unvalidated)
+"""Torch does not look at the parameters of every distribution that it makes."""
 PLAIN_ATTENTION = SharedSwitch(_plain_attention)
 PLAIN_RECURRENCE = SharedSwitch(lambda: torch.backends.cudnn.flags(enabled=False))
 UNCOMPILED = SharedSwitch(lambda: torch.compiler.set_stance("force_eager"))

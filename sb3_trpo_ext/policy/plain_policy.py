@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sb3_trpo_ext.core.curvature import Jacobian
-from sb3_trpo_ext.core.flat_optimizer import is_observed
+from sb3_trpo_ext.core.flat_optimizer import is_awaited, is_observed
 from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.policy.distributions import OWN_FAMILIES, family_of
 from sb3_trpo_ext.policy.perceptron import Perceptron, parameters_of
 from sb3_trpo_ext.rollout.fast_policy import require_plain
 from sb3_trpo_ext.rollout.forward import NotCoveredError
@@ -37,6 +38,8 @@ class PlainPolicy:
         actor_modules: From features to means or logits.
         critic_modules: From features to V.
         log_std: log σ of a Gaussian; None for others.
+        family: The geometry of its distribution, one of `policy.distributions`' own.
+        n_features: F, what actor and critic see.
 
     Raises:
         NotCoveredError: If any part of the policy could compute otherwise than plain layers would, somebody may look at
@@ -48,7 +51,9 @@ class PlainPolicy:
         if isinstance(policy, RecurrentActorCriticPolicy):
             raise NotCoveredError("a policy with memory")
         self._policy: Any = policy
-        self._require_unobserved()
+        self._require_usual()
+        self.family: Any = family_of(policy.action_dist)
+        self.n_features = int(policy.pi_features_extractor.features_dim)
         self.actor_modules = [policy.mlp_extractor.policy_net, policy.action_net]
         self.critic_modules = [policy.mlp_extractor.value_net, policy.value_net]
         self.log_std: nn.Parameter | None = None
@@ -59,17 +64,22 @@ class PlainPolicy:
         self._networks: dict[tuple[str, int, int], Perceptron] = {}
         self._lent = 0
 
-    def _require_unobserved(self) -> None:
+    def _require_usual(self) -> None:
+        """What may change although the parts of the policy stay the same."""
+        if type(family_of(self._policy.action_dist)) not in OWN_FAMILIES:
+            raise NotCoveredError("a family of the user's own")
         if is_observed(self._policy):
             raise NotCoveredError("a hook of a parameter or a module")
         if not all(param.requires_grad for param in self._policy.parameters()):
             raise NotCoveredError("frozen parameters")
+        if any(map(is_awaited, self._policy.parameters())):
+            raise NotCoveredError("somebody who waits for the gradient of a parameter")
 
     def renewed(self, policy: ActorCriticPolicy) -> PlainPolicy:
         """What stands for a policy in another update: itself, if it is the same policy with the same parts."""
         if policy is not self._policy or not self._is_as_it_was():
             return PlainPolicy(policy)
-        self._require_unobserved()
+        self._require_usual()
         self._lent = 0
         if sum(network.nbytes for network in self._networks.values()) > KEPT_BYTES:
             self._networks.clear()
@@ -83,6 +93,11 @@ class PlainPolicy:
     def critic_parameters(self) -> set[nn.Parameter]:
         """Those that V depends on."""
         return {*parameters_of(self.critic_modules)}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of π and V, in the order of `parameters`."""
+        reached = self.actor_parameters() | self.critic_parameters()
+        return [param for param in self.parameters() if param in reached]
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of the policy."""

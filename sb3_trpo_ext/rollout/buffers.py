@@ -125,12 +125,18 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
         for data in buffer.get(size):
             yield _of_samples(data, buffer, action_space, batch.reduction)
         return
-    order = torch.from_numpy(_env_major(buffer)[np.random.permutation(len(batch))])
+    order = order_of_epoch(buffer)
     if batch.nbytes <= MOVED_AT_ONCE:
         yield from batch[order].split(size)
     else:
         for part in order.split(size):
             yield batch[part]
+
+
+def order_of_epoch(buffer: RolloutBuffer) -> Tensor:
+    """The order, drawn as ``get`` draws it, in which an epoch sees the samples of a `whole_rollout`."""
+    index = _env_major(buffer)
+    return torch.from_numpy(index[np.random.permutation(len(index))])
 
 
 def _of_samples(

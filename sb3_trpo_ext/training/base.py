@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_trpo_ext.core.arguments import check_finite, check_integer, check_schedule
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
-from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.evaluation import UNVALIDATED, consistent_evaluation
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.signal import CURES
 from sb3_trpo_ext.rollout.action_spaces import KINDS
@@ -363,7 +363,8 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
                 self._plain_policy = self._stand_in()
-                finished = self._update()
+                with UNVALIDATED:
+                    finished = self._update()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done
         except UpdateRejectedError as rejection:

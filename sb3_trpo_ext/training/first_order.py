@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,16 +18,19 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
-from sb3_trpo_ext.core.flat_optimizer import FlatOptimizer, gradient_norm
+from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend, gradient_norm
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
+from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.buffers import minibatches, whole_rollout
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, order_of_epoch, whole_rollout
+from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
+from sb3_trpo_ext.training.minibatch_kernel import Loss, Minibatch, MinibatchSteps
 from sb3_trpo_ext.training.transaction import PolicyCheckpoint, Restorable
 
 KL_CHUNK_SIZE = 2048
@@ -37,6 +41,11 @@ KL_CHUNK_BYTES = 3 * 2**19
 
 OLD_Z_BYTES = 8 * 2**20
 """Bytes of the coordinates of π_old up to which they are kept where only the exact KL needs them."""
+
+LARGEST_FEATURES = 2**24
+"""Numbers in the features of a rollout up to which they are kept for the epochs of an update."""
+
+NOT_A_DISTRIBUTION = "the policy's distribution is not finite"
 
 Statistics = dict[str, list[float]]
 
@@ -75,6 +84,39 @@ class RecomputedComparison:
             kl_max=float(np.max([share.kl_max for share in shares])),
             entropy=sum(share.entropy for share in shares),
         )
+
+
+class AutogradSteps:
+    """Steps along the gradients of a model's losses, minibatch by minibatch, by autograd; see `MinibatchSteps`.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: FirstOrderAlgorithm) -> None:
+        self._model = model
+        self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy)
+
+    def __enter__(self) -> AutogradSteps:
+        """Begin."""
+        self._optimizer.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Bring the optimiser's state up to date."""
+        self._optimizer.__exit__(*exception)
+
+    def look_at(self, part: Batch) -> list[float]:
+        """Run the policy on a minibatch; what is logged of it."""
+        actor_loss, critic_loss, record = self._model.loss_on(part)
+        self._loss = actor_loss + critic_loss
+        means: list[float] = self._model.reduction.total(torch.stack(list(record.values()))).tolist()
+        return means
+
+    def descend(self, max_norm: float) -> bool:
+        """Step along the gradient at the minibatch just looked at; False, and nothing has moved, if not finite."""
+        loss, self._loss = self._loss, torch.empty(0)
+        return self._optimizer.descend(loss, max_norm, reduction=self._model.reduction)
 
 
 @dataclass(frozen=True)
@@ -170,7 +212,35 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             advantages: Â, standardised if asked for.
         """
 
-    def _exceeds_target(self, approx_kl: Tensor, epoch: int) -> bool:
+    def _loss_by_hand(self) -> Loss:
+        """The same as `_policy_loss` for policies of plain layers, if the class has it.
+
+        A class that overrides one of the two overrides both, or its updates go by autograd.
+        """
+        raise NotCoveredError("a policy loss without a gradient by hand")
+
+    def _require_fast_updates(self) -> PlainPolicy:
+        plain = super()._require_fast_updates()
+        known = next(kind for kind in type(self).__mro__ if "_loss_by_hand" in vars(kind))
+        for name in ("_policy_loss", "_losses"):
+            if getattr(self, name).__func__ is not getattr(known, name):
+                raise NotCoveredError(f"{type(self).__name__} has its own {name}")
+        self._loss_by_hand()
+        if type(self.rollout_buffer) not in VIEWED_BUFFERS:
+            raise NotCoveredError(f"rollout buffer {type(self.rollout_buffer).__name__}")
+        optimizer, params = self.policy.optimizer, plain.trained_parameters()
+        if not can_descend(optimizer, self.policy, params):
+            raise NotCoveredError(f"optimizer {type(optimizer).__name__} with settings, hooks or parameters of its own")
+        if len(whole_rollout(self.rollout_buffer, self.action_space)) * plain.n_features > LARGEST_FEATURES:
+            raise NotCoveredError("features that take too much memory")
+        return plain
+
+    def _features(self, batch: Batch) -> Tensor:
+        """What the actor sees of a batch, ``(N, F)``."""
+        assert self._plain_policy is not None  # asked where there is one
+        return self._plain_policy.features(batch.inputs)
+
+    def _exceeds_target(self, approx_kl: float, epoch: int) -> bool:
         """Whether the sampled KL estimate of a minibatch ends the update before its step."""
         return False
 
@@ -215,7 +285,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         if old_z_bytes > OLD_Z_BYTES and not self.loss_needs_old_z:
             return RecomputedComparison(self.policy, batch, chunk_size)
         with consistent_evaluation(self.policy):
-            return Comparison(self.policy, batch, chunk_size=chunk_size)
+            return Comparison(self._plain_policy or self.policy, batch, chunk_size=chunk_size)
 
     def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
         """The batch with what the policy loss needs to know of π_old."""
@@ -263,37 +333,65 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """One pass over the rollout; False if the sampled KL estimate exceeded its target."""
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
-        records: list[Tensor] = []
-        within_target, silent = True, not has_signal(batch)
-        with FlatOptimizer(self.policy.optimizer, self.policy) as optimizer:
-            for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
-                if silent:  # a buffer of another kind deals out its own advantages
-                    part = replace(part, advantages=torch.zeros_like(part.advantages))
-                loss, record = self._loss_on(part)
-                records.append(self.reduction.total(torch.stack(list(record.values()))))
+        records: list[list[float]] = []
+        within_target, unusable = True, None
+        with self._steps() as steps:
+            for part, samples in self._minibatches(batch):
+                records.append(steps.look_at(part))
                 if self._exceeds_target(records[-1][0], epoch):
                     within_target = False
                     break
-                if not optimizer.descend(loss, self.max_grad_norm, reduction=self.reduction):
-                    raise self._rejection(part)
-        for key, column in zip(record, torch.stack(records).T.tolist(), strict=True):
+                if not steps.descend(self.max_grad_norm):
+                    unusable = samples()
+                    break
+        if unusable is not None:
+            raise self._rejection(unusable)
+        names = ("approx_kl", self.loss_statistic, "policy_gradient_loss", "value_loss", "entropy_loss", "loss")
+        for key, column in zip(names, zip(*records, strict=True), strict=True):
             statistics[key].extend(column)
         return within_target
 
-    def _loss_on(self, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on a minibatch, with its graph, and what is logged of it."""
+    def _minibatches(self, batch: Batch) -> Iterator[tuple[Any, Callable[[], Batch]]]:
+        """What `_steps` look at, and the samples that those are."""
+        if self._plain_policy is not None:
+            order = order_of_epoch(self.rollout_buffer)
+            seen = replace(batch, observations=self._features(batch))[order]
+            parts = Minibatch.of_epoch(seen, self.batch_size, standardize=self.normalize_advantage)
+            for minibatch, rows in zip(parts, order.split(self.batch_size), strict=True):
+                yield minibatch, partial(batch.__getitem__, rows)
+            return
+        silent = not has_signal(batch)
+        for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+            if silent:  # a buffer of another kind deals out its own advantages
+                part = replace(part, advantages=torch.zeros_like(part.advantages))
+            yield part, partial(replace, part)
+
+    def _steps(self) -> MinibatchSteps | AutogradSteps:
+        """How an epoch's steps are taken."""
+        if self._plain_policy is None:
+            return AutogradSteps(self)
+        bound = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
+        loss = replace(
+            self._loss_by_hand(), entropy_weight=self.entropy_weight(), value_weight=self.vf_coef, value_bound=bound
+        )
+        descent = FlatDescent(self.policy.optimizer, self._plain_policy.trained_parameters())
+        return MinibatchSteps(self._plain_policy, descent, loss, self.reduction)
+
+    def loss_on(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`_losses`, of a policy whose distribution may be beyond what torch takes for one."""
         try:
-            actor_loss, value_loss, record = self._losses(part)
+            return self._losses(part)
         except ValueError as error:
             if "to satisfy the constraint" not in str(error):
                 raise
-            raise PolicyDivergedError("the policy's distribution is not finite") from error
-        return actor_loss + value_loss, record
+            raise PolicyDivergedError(NOT_A_DISTRIBUTION) from error
 
     def _rejection(self, part: Batch) -> UpdateRejectedError:
         """Why a minibatch's gradient is not finite."""
         reason = "the gradient of the loss is not finite"
-        actor_loss, _, _ = self._losses(part)
+        actor_loss, _, _ = self.loss_on(part)
+        if not bool(PolicyOutput.after_evaluation(self.policy, part).z.isfinite().all()):
+            return PolicyDivergedError(NOT_A_DISTRIBUTION)
         found = gradient([actor_loss], trainable(self.policy))
         finite = not found or math.isfinite(gradient_norm(list(found.values())))
         return UpdateRejectedError(reason) if finite else PolicyDivergedError(reason)

@@ -22,6 +22,8 @@ ALLOWED = {
     "values.sum()": "whether derivatives are finite, of this process's own samples",
     "log_prob.sum()": "the same",
     "sample.values(policy).sum()": "which parameters it reaches",
+    "c.sum()": "a share of a gradient, whose total is taken",
+    "log_std.sum()": "over the dimensions of an action",
     "(0 * values).nan_to_num().sum()": "zero",
     "self.weights.sum()": "of a subset that all workers have whole",
     "(self.weights > 0).sum()": "a share, whose total is taken",

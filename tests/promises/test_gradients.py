@@ -205,7 +205,7 @@ Event = tuple[Any, ...]
 
 def model_of(algorithm: Any, **options: Any) -> Any:
     if issubclass(algorithm, (PPOClip, PPOPenalty)):
-        options["fast_rollouts"] = False
+        options |= {"fast_rollouts": False, "fast_updates": options.get("fast_updates", False)}
     return make(algorithm, "box", **{**OPTIONS, **options})
 
 

@@ -341,8 +341,12 @@ def is_awaited(param: nn.Parameter) -> bool:
 
     Torch makes that node where it is asked for it, and forgets it with whoever holds it; so does a mark left on it.
     """
-    get_gradient_edge(param).node.metadata["asked"] = True
-    return bool(get_gradient_edge(param).node.metadata.pop("asked", False))
+
+    def notes() -> Any:
+        return get_gradient_edge(param).node.metadata
+
+    notes()["asked"] = True
+    return bool(notes().pop("asked", False))
 
 
 def _has_hooks(attributes: Mapping[str, Any]) -> bool:

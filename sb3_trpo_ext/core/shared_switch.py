@@ -1,8 +1,8 @@
 """Switches of the whole process that several trainings may need at once."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 PATIENCE = 5.0
@@ -10,7 +10,7 @@ PATIENCE = 5.0
 
 
 class SharedSwitch:
-    """A switch of the whole process that is off its usual state as long as anyone needs it.
+    """A switch of the whole process that is off its usual state as long as anyone uses it.
 
     Torch keeps these flags for the process, not for a thread. Trainings in several threads that each saved and restored
     them would restore one another's. So the first that enters saves and switches, the last that leaves restores, and
@@ -23,29 +23,39 @@ class SharedSwitch:
     def __init__(self, switched: Callable[[], AbstractContextManager[Any]]) -> None:
         self._switched = switched
         self._lock = threading.RLock()
-        self._users = 0
+        self._uses: set[object] = set()
         self._undo = ExitStack()
 
-    def __enter__(self) -> None:
-        """Switch, unless it is switched already."""
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Switch, unless it is switched already; afterwards switch back, unless someone else still needs it.
+
+        Whatever an interrupt cuts short is done again, and nothing is done twice: one interrupt leaves no trace.
+        """
+        use = object()
+        try:
+            try:
+                self._enter(use)
+                yield
+            finally:
+                self._leave(use)
+        finally:
+            self._leave(use)
+
+    def _enter(self, use: object) -> None:
         lock = self._acquired()
         try:
-            self._users += 1
-            try:
-                if self._users == 1:
-                    self._undo.enter_context(self._switched())
-            except BaseException:  # an interrupt too: whoever did not get in does not leave either
-                self._users -= 1
-                raise
+            if not self._uses:
+                self._undo.enter_context(self._switched())
+            self._uses.add(use)
         finally:
             lock.release()
 
-    def __exit__(self, *exception: object) -> None:
-        """Switch back, unless someone else still needs it."""
+    def _leave(self, use: object) -> None:
         lock = self._acquired()
         try:
-            self._users -= 1
-            if not self._users:
+            self._uses.discard(use)
+            if not self._uses:
                 self._undo.close()
         finally:
             lock.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import Jacobian, Linearization
-from sb3_trpo_ext.core.parameters import trainable
+from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch
@@ -113,6 +113,10 @@ class ValueFunction:
             return self.by_hand.values(features)
         values: Tensor = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
         return values.flatten()
+
+    def gradient(self, terms: Iterable[Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Gradient of a sum of scalars, each of what was asked last when it is come by; see `parameters.gradient`."""
+        return gradient(terms, self.params) if self.by_hand is None else self.by_hand.gradient(terms)
 
     def jacobian(self, batch: Batch, params: Sequence[nn.Parameter]) -> Jacobian:
         """∂V/∂θ on a part of `batch`."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
-from sb3_trpo_ext.core.parameters import gradient
 from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
 from sb3_trpo_ext.rollout.batch import Batch, fits
@@ -129,7 +128,7 @@ class ValueProblem:
                 losses.append(loss.detach())
                 yield -loss
 
-        shares = gradient(objectives(), values.params)
+        shares = values.gradient(objectives())
         self.start = self._summary(losses)
         self.params = list(shares)
         self.theta_old = flatten(self.params).detach()

@@ -66,11 +66,11 @@ def consistent_evaluation(policy: ActorCriticPolicy) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if not all(map(_is_plain, policy.modules())):
-            stack.enter_context(PLAIN_ATTENTION)
+            stack.enter_context(PLAIN_ATTENTION.used())
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(UNCOMPILED)
+                stack.enter_context(UNCOMPILED.used())
         if any(isinstance(module, nn.RNNBase) and module.weight_hh_l0.is_cuda for module in policy.modules()):
-            stack.enter_context(PLAIN_RECURRENCE)
+            stack.enter_context(PLAIN_RECURRENCE.used())
         policy.set_training_mode(False)
         yield
 

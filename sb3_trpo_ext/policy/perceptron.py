@@ -57,7 +57,6 @@ class Perceptron:
         y: The outputs ``(N, K)``, written by `forward`.
         u: To be filled in for `pullback`, ``(N, K)``.
         gradient: What `pullback` wrote, a tensor for each parameter.
-        passes: Forward passes so far.
         nbytes: Bytes of what is held for each row.
 
     Raises:
@@ -79,7 +78,6 @@ class Perceptron:
         self._pullback: list[Operation] = []
         self._slopes: list[Operation] = []
         self._slopes_are_known = False
-        self.passes = 0
         self.nbytes = x.nbytes
         self._tangents: list[Callable[[Pieces, Tensor | None], Tensor]] = []
         self.x = self.y = x
@@ -93,7 +91,6 @@ class Perceptron:
     def forward(self) -> Tensor:
         """From `x` to `y`."""
         self._slopes_are_known = False
-        self.passes += 1
         for operation in self._forward:
             operation()
         return self.y

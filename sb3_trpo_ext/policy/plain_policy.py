@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Dis
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sb3_trpo_ext.core.curvature import Jacobian
 from sb3_trpo_ext.core.flat_optimizer import is_awaited, is_observed
@@ -63,6 +62,8 @@ class PlainPolicy:
             raise NotCoveredError("layers that actor and critic share")
         self._networks: dict[tuple[str, int, int], Perceptron] = {}
         self._lent = 0
+        self._last: Any = None
+        self._leaves: dict[nn.Parameter, Tensor] = {}
 
     def _require_usual(self) -> None:
         """What may change although the parts of the policy stay the same."""
@@ -80,7 +81,7 @@ class PlainPolicy:
         if policy is not self._policy or not self._is_as_it_was():
             return PlainPolicy(policy)
         self._require_usual()
-        self._lent = 0
+        self._lent, self._last, self._leaves = 0, None, {}
         if sum(network.nbytes for network in self._networks.values()) > KEPT_BYTES:
             self._networks.clear()
         return self
@@ -109,20 +110,40 @@ class PlainPolicy:
             return BaseModel.extract_features(self._policy, observations, self._policy.pi_features_extractor)
 
     def get_distribution(self, observations: PyTorchObs, action_masks: Any = None) -> Distribution:
-        """π(·|s), in the policy's own object; its gradient is to be taken, once, before the next call."""
-        y = _ByHand.outputs(self._network("actor", self.features(observations)))
+        """π(·|s), in the policy's own object; `gradient` goes on where its graph ends, until the next call."""
+        y = self._outputs(self._network("actor", self.features(observations)), self.log_std)
         distribution: Any = self._policy.action_dist
         if self.log_std is None:
             distribution.proba_distribution(action_logits=y)
         else:
-            distribution.proba_distribution(y, self.log_std)
+            distribution.proba_distribution(y, self._leaves[self.log_std])
         if action_masks is not None:
             distribution.apply_masking(action_masks)
         return distribution
 
     def values(self, features: Tensor) -> Tensor:
-        """V(s) of features, ``(N,)``; their gradient is to be taken, once, before the next call."""
-        return _ByHand.outputs(self._network("critic", features)).flatten()
+        """V(s) of features, ``(N,)``, likewise."""
+        return self._outputs(self._network("critic", features)).flatten()
+
+    def _outputs(self, network: Perceptron, *others: nn.Parameter | None) -> Tensor:
+        """Outputs of a network, a leaf like the parameters beside it: no graph of ours holds the parameters."""
+        tracked = torch.is_grad_enabled()
+        y = network.forward().clone().requires_grad_(tracked)
+        self._leaves = {param: param.detach().requires_grad_(tracked) for param in others if param is not None}
+        self._last = network, y
+        return y
+
+    def gradient(self, terms: Iterable[Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Gradient of a sum of scalars, each of what was asked last when it is come by; see `parameters.gradient`."""
+        total: dict[nn.Parameter, Tensor] = {}
+        for term in terms:
+            (network, y), leaves = self._last, self._leaves
+            u, *others = torch.autograd.grad(term, [y, *leaves.values()], materialize_grads=True)
+            network.u.copy_(u)
+            network.pullback()
+            for param, share in {**network.gradient, **dict(zip(leaves, others, strict=True))}.items():
+                total[param] = total[param] + share if param in total else share.clone()
+        return {param: total[param] for param in self.parameters() if param in total}
 
     def actor_jacobian(self, observations: PyTorchObs, params: Sequence[nn.Parameter]) -> Jacobian:
         """That of means and log σ, or of logits, at the parameters as they are; to be used in the present update."""
@@ -184,27 +205,3 @@ class PerceptronJacobian:
         if self._log_std is not None:
             pieces[self._log_std] = cotangent[:, columns:].sum(dim=0)
         return flatten([pieces[param] for param in self._params])
-
-
-class _ByHand(torch.autograd.Function):
-    """The outputs of a network, whose gradient it computes itself."""
-
-    @staticmethod
-    def outputs(network: Perceptron) -> Tensor:
-        y: Tensor = _ByHand.apply(network, *network.params)
-        return y
-
-    @staticmethod
-    def forward(ctx: Any, network: Perceptron, *params: Tensor) -> Tensor:
-        y = network.forward().clone()  # the network must not hold what holds the network
-        ctx.network, ctx.passes = network, network.passes
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> Any:
-        network: Perceptron = ctx.network
-        assert network.passes == ctx.passes, "another forward pass has overwritten what this gradient needs"
-        network.u.copy_(u)
-        network.pullback()
-        return None, *(network.gradient[param].clone() for param in network.params)

@@ -244,7 +244,8 @@ class PolicyProblem(Comparison):
                 visited.append(shares)
                 yield objective
 
-        shares = gradient(objectives(), trainable(self._policy))
+        by_hand = self._policy.gradient if isinstance(self._policy, PlainPolicy) else None
+        shares = by_hand(objectives()) if by_hand else gradient(objectives(), trainable(self._policy))
         totals = self.batch.reduction.gradients(list(shares.values()))
         self.gradients = dict(zip(shares, totals, strict=True))
         return visited

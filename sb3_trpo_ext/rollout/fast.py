@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -31,11 +31,16 @@ PENDING = 2**17
 
 _libraries = cache(ThreadpoolController)  # to look for them takes a millisecond
 
-ONE_THREAD = SharedSwitch(lambda: _libraries().limit(limits=1, user_api="blas"))
-"""NumPy stands in for torch, and has one thread where torch has one.
+_ONE_THREAD = SharedSwitch(lambda: _libraries().limit(limits=1, user_api="blas"))
 
-Its threads would wait for each other at every step on a machine that runs several trainings.
-"""
+
+def one_thread() -> AbstractContextManager[None]:
+    """NumPy stands in for torch, and has one thread where torch has one.
+
+    Its threads would wait for each other at every step on a machine that runs several trainings.
+    """
+    return _ONE_THREAD.used() if torch.get_num_threads() == 1 else nullcontext()
+
 
 OVERRIDABLE = ("add", "reset", "compute_returns_and_advantage")
 """Methods of a buffer that it could have of its own."""
@@ -153,8 +158,7 @@ class FastRollout:
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer; False if the callback stopped the rollout."""
-        one_thread = not self._exact and torch.get_num_threads() == 1
-        with ONE_THREAD if one_thread else nullcontext():
+        with nullcontext() if self._exact else one_thread():
             return self._collect(callback)
 
     def _collect(self, callback: BaseCallback) -> bool:

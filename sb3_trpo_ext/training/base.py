@@ -37,6 +37,7 @@ from sb3_trpo_ext.policy.signal import CURES
 from sb3_trpo_ext.rollout.action_spaces import KINDS
 from sb3_trpo_ext.rollout.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.rollout.env_copies import cheap_copies
+from sb3_trpo_ext.rollout.fast import one_thread
 from sb3_trpo_ext.rollout.fast_kinds import fast_rollout
 from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
@@ -363,7 +364,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
                 self._plain_policy = self._stand_in()
-                with UNVALIDATED:
+                with UNVALIDATED.used(), one_thread() if self._plain_policy else nullcontext():
                     finished = self._update()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done

@@ -42,8 +42,9 @@ KL_CHUNK_BYTES = 3 * 2**19
 OLD_Z_BYTES = 8 * 2**20
 """Bytes of the coordinates of π_old up to which they are kept where only the exact KL needs them."""
 
-LARGEST_FEATURES = 2**24
-"""Numbers in the features of a rollout up to which they are kept for the epochs of an update."""
+LARGEST_BY_HAND = 2**21
+"""Numbers in the parameters, of which there are several copies, up to which minibatches go by hand; and in the features
+of a rollout, where there are more than twice as many as in its observations."""
 
 NOT_A_DISTRIBUTION = "the policy's distribution is not finite"
 
@@ -231,7 +232,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         optimizer, params = self.policy.optimizer, plain.trained_parameters()
         if not can_descend(optimizer, self.policy, params):
             raise NotCoveredError(f"optimizer {type(optimizer).__name__} with settings, hooks or parameters of its own")
-        if len(whole_rollout(self.rollout_buffer, self.action_space)) * plain.n_features > LARGEST_FEATURES:
+        if sum(param.numel() for param in params) > LARGEST_BY_HAND:
+            raise NotCoveredError("parameters that take too much memory")
+        batch = whole_rollout(self.rollout_buffer, self.action_space)
+        numbers = len(batch) * plain.n_features
+        if numbers > LARGEST_BY_HAND and numbers * torch.finfo(torch.float32).bits // 8 > 2 * batch.nbytes:
             raise NotCoveredError("features that take too much memory")
         return plain
 

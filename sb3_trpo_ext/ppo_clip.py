@@ -25,7 +25,7 @@ class PPOClip(FirstOrderAlgorithm):
 
     Minibatch ascent on E[min(r·Â, clip(r, 1-ε, 1+ε)·Â)] (equation 7) less ``vf_coef`` times the value loss plus
     ``ent_coef`` times the entropy (equation 9). It takes the same steps as ``stable_baselines3.PPO``: up to rounding,
-    or number for number where ``fast_rollouts`` is ``"exact"`` or False. There is one exception: where all advantages
+    or number for number with ``fast_updates=False`` and ``fast_rollouts`` ``"exact"`` or False. There is one exception: where all advantages
     of a rollout are equal up to rounding, SB3 standardises the rounding errors and steps along them; here the policy
     loss of that rollout is left out, and the value loss and the entropy bonus remain. Beyond SB3, the exact joint KL
     divergence is logged beside the sampled estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded
@@ -67,6 +67,8 @@ class PPOClip(FirstOrderAlgorithm):
             (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
             the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat
             longer; False is SB3's own loop.
+        fast_updates: Compute updates without autograd where the policy is of plain layers on the CPU (``update_path``
+            tells): the same numbers up to the rounding of float32, in a fraction of the time. False is autograd.
         _init_setup_model: Build the networks at construction.
 
     Raises:

@@ -122,6 +122,8 @@ class TRPO(NaturalGradientAlgorithm):
             (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
             the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat
             longer; False is SB3's own loop.
+        fast_updates: Compute updates without autograd where the policy is of plain layers on the CPU (``update_path``
+            tells): the same numbers up to the rounding of float32, in a fraction of the time. False is autograd.
         _init_setup_model: Build the networks at construction.
 
     Raises:

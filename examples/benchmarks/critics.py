@@ -1,4 +1,6 @@
-"""Compare what TRPO learns with either critic and either way of collecting, and what sb3_contrib.TRPO learns.
+"""Compare what is learnt with either critic, either way of collecting and either way of updating.
+
+TRPO with its critics and rollouts, beside sb3_contrib.TRPO; PPOClip by hand and by autograd.
 
     python examples/benchmarks/critics.py                # run what is missing, two jobs at a time, then report
     python examples/benchmarks/critics.py --report       # report what is there
@@ -23,12 +25,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "sb3_rollouts": {"fast_rollouts": False},
     "sb3_contrib": {},
 }
+UPDATES: dict[str, dict[str, Any]] = {"PPOClip": {}, "PPOClip by autograd": {"fast_updates": False}}
+UPDATE_TASKS = ("CartPole-v1", "Hopper-v5")
 SEEDS = range(10)
 
 
 def job_of(arm: str, env_id: str, seed: int) -> Job:
     """A job with its settings."""
-    return Job(arm, env_id, seed, {"n_timesteps": TIMESTEPS[env_id], "n_envs": 2, "n_steps": 1024, **ARMS[arm]})
+    return Job(
+        arm, env_id, seed, {"n_timesteps": TIMESTEPS[env_id], "n_envs": 2, "n_steps": 1024, **(ARMS | UPDATES)[arm]}
+    )
 
 
 def run_job(job: Job) -> None:
@@ -38,13 +44,13 @@ def run_job(job: Job) -> None:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    from sb3_trpo_ext import TRPO
+    from sb3_trpo_ext import TRPO, PPOClip
 
     torch.set_num_threads(1)
     settings = dict(job.settings)
     steps, n_envs = settings.pop("n_timesteps"), settings.pop("n_envs")
     env = VecNormalize(make_vec_env(job.task, n_envs=n_envs, seed=job.seed))
-    algorithm = ContribTRPO if job.arm == "sb3_contrib" else TRPO
+    algorithm: Any = {"sb3_contrib": ContribTRPO, **dict.fromkeys(UPDATES, PPOClip)}.get(job.arm, TRPO)
     model = algorithm("MlpPolicy", env, seed=job.seed, device="cpu", **settings)
     started = time.process_time()
     model.learn(steps)
@@ -55,12 +61,13 @@ def run_job(job: Job) -> None:
 
 
 def report() -> None:
-    """Print a Markdown table: mean over seeds with its 95 % Student-t interval."""
-    print("| environment (steps) | " + " | ".join(ARMS) + " |")
-    print("|---" * (len(ARMS) + 1) + "|")
-    for env_id, steps in TIMESTEPS.items():
-        cells = [interval(scores(TABLE, arm, env_id, SEEDS)) for arm in ARMS]
-        print(f"| {env_id} ({steps // 1000}k) | " + " | ".join(cells) + " |")
+    """Print Markdown tables: mean over seeds with its 95 % Student-t interval."""
+    for arms, tasks in ((ARMS, tuple(TIMESTEPS)), (UPDATES, UPDATE_TASKS)):
+        print("\n| environment (steps) | " + " | ".join(arms) + " |")
+        print("|---" * (len(arms) + 1) + "|")
+        for env_id in tasks:
+            cells = [interval(scores(TABLE, arm, env_id, SEEDS)) for arm in arms]
+            print(f"| {env_id} ({TIMESTEPS[env_id] // 1000}k) | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -75,6 +82,7 @@ def main() -> None:
         return
     if not args.report:
         jobs = [job_of(arm, env_id, seed) for seed in SEEDS for env_id in TIMESTEPS for arm in ARMS]
+        jobs += [job_of(arm, env_id, seed) for seed in SEEDS[:5] for env_id in UPDATE_TASKS for arm in UPDATES]
         run_missing(TABLE, [__file__], jobs, args.workers)
     report()
 

@@ -25,11 +25,11 @@ class PPOClip(FirstOrderAlgorithm):
 
     Minibatch ascent on E[min(r·Â, clip(r, 1-ε, 1+ε)·Â)] (equation 7) less ``vf_coef`` times the value loss plus
     ``ent_coef`` times the entropy (equation 9). It takes the same steps as ``stable_baselines3.PPO``: up to rounding,
-    or number for number with ``fast_updates=False`` and ``fast_rollouts`` ``"exact"`` or False. There is one exception: where all advantages
-    of a rollout are equal up to rounding, SB3 standardises the rounding errors and steps along them; here the policy
-    loss of that rollout is left out, and the value loss and the entropy bonus remain. Beyond SB3, the exact joint KL
-    divergence is logged beside the sampled estimate (``train/kl_divergence_loss``, ``train/kl_max``) and can be bounded
-    (``max_kl``), and an update is atomic.
+    or number for number with ``fast_updates=False`` and ``fast_rollouts`` ``"exact"`` or False. There is one exception:
+    where all advantages of a rollout are equal up to rounding, SB3 standardises the rounding errors and steps along
+    them; here the policy loss of that rollout is left out, and the value loss and the entropy bonus remain. Beyond SB3,
+    the exact joint KL divergence is logged beside the sampled estimate (``train/kl_divergence_loss``,
+    ``train/kl_max``) and can be bounded (``max_kl``), and an update is atomic.
 
     It learns what SB3's PPO learns: CartPole-v1 in 60 000 steps; of Pendulum-v1, at a learning rate of 1e-3, some seeds
     are still far from the others after 150 000.

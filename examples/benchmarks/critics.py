@@ -4,6 +4,7 @@ TRPO with its critics and rollouts, beside sb3_contrib.TRPO; PPOClip by hand and
 
     python examples/benchmarks/critics.py                # run what is missing, two jobs at a time, then report
     python examples/benchmarks/critics.py --report       # report what is there
+    python examples/benchmarks/critics.py --arms PPOClip "PPOClip by autograd"
 
 A job is (arm, environment, seed), in a process of its own with one thread, and leaves one row in
 ``results/critics.csv.gz`` (columns: `jobs.py`); finished jobs are never run again. The score is the mean return of the
@@ -32,9 +33,8 @@ SEEDS = range(10)
 
 def job_of(arm: str, env_id: str, seed: int) -> Job:
     """A job with its settings."""
-    return Job(
-        arm, env_id, seed, {"n_timesteps": TIMESTEPS[env_id], "n_envs": 2, "n_steps": 1024, **(ARMS | UPDATES)[arm]}
-    )
+    settings = {"n_timesteps": TIMESTEPS[env_id], "n_envs": 2, "n_steps": 1024, **(ARMS | UPDATES)[arm]}
+    return Job(arm, env_id, seed, settings)
 
 
 def run_job(job: Job) -> None:
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", nargs=3, metavar=("ARM", "ENV", "SEED"), help="run one job (used internally)")
     parser.add_argument("--report", action="store_true", help="only report")
+    parser.add_argument("--arms", nargs="*", choices=(*ARMS, *UPDATES), default=(*ARMS, *UPDATES), help="only these")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time")
     args = parser.parse_args()
     if args.job:
@@ -83,7 +84,7 @@ def main() -> None:
     if not args.report:
         jobs = [job_of(arm, env_id, seed) for seed in SEEDS for env_id in TIMESTEPS for arm in ARMS]
         jobs += [job_of(arm, env_id, seed) for seed in SEEDS[:5] for env_id in UPDATE_TASKS for arm in UPDATES]
-        run_missing(TABLE, [__file__], jobs, args.workers)
+        run_missing(TABLE, [__file__], [job for job in jobs if job.arm in args.arms], args.workers)
     report()
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Linearization, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale, natural_direction
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate, theoretical_penalty
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 
 GAMMAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 RADIUS = 0.01

@@ -14,7 +14,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.policy.regions import LargestRegion, MeanRegion, Penalty
 from sb3_trpo_ext.rollout.batch import Batch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Beta, kl_divergence
 
 from sb3_trpo_ext import Family
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.policy.problem import PolicyOutput
 from sb3_trpo_ext.rollout.batch import Batch
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.natural_step import natural_direction
-from sb3_trpo_ext.core.vectors import assign, flatten
+from sb3_trpo_ext.core.parameters import assign, flatten
 from sb3_trpo_ext.critic.base import Regression
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.vectors import flat_vjp
+from sb3_trpo_ext.core.parameters import flat_vjp
 
 Metric = Callable[[Tensor], Tensor]
 """A linear map on outputs, (N, K) -> (N, K): the Hessian M of a loss in its outputs, sample weights included."""

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.optim.adam import adam
 
-from sb3_trpo_ext.core.parameters import HasParameters, trainable
+from sb3_trpo_ext.core.parameters import HasParameters, flatten, trainable, unflatten
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
-from sb3_trpo_ext.core.vectors import flatten, unflatten
 
 LARGEST_FLAT = 2**18
 """Numbers above which copying the vector takes longer than the small calls that it saves, but for the fused kernel."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.conjugate_gradient import CGResult, conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
-from sb3_trpo_ext.core.vectors import assign
+from sb3_trpo_ext.core.parameters import assign
 
 
 class Evaluation(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.core.parameters import flatten, unflatten
 
 
 class Reduction:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
 from sb3_trpo_ext.rollout.batch import Batch, fits
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import Jacobian
 from sb3_trpo_ext.core.flat_optimizer import is_awaited, is_observed
-from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.core.parameters import flatten, unflatten
 from sb3_trpo_ext.policy.distributions import OWN_FAMILIES, family_of
 from sb3_trpo_ext.policy.perceptron import Perceptron, parameters_of
 from sb3_trpo_ext.rollout.fast_policy import require_plain

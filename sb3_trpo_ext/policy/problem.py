@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Linearization, Metric
 from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
-from sb3_trpo_ext.core.parameters import gradient, trainable
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten, gradient, trainable
 from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch, fits

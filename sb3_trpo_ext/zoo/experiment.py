@@ -21,6 +21,15 @@ LAST_FRACTION = {"target_kl": 0.01, "step_size": 0.01, "ent_coef": 0.0}
 """Our arguments that take schedules, and the fraction of x at which ``lin_x`` ends: a trust region stays positive."""
 
 
+SHARED = {"npg_lstm": "trpo_lstm"}
+"""Algorithms whose entries are another's."""
+
+
+def hyperparameters_of(algo: str) -> Path:
+    """The packaged file of an algorithm, if there is one."""
+    return HYPERPARAMETERS / f"{SHARED.get(algo, algo)}.yml"
+
+
 class TrustRegionExperimentManager(ExperimentManager):
     """The zoo's manager, with what hyperparameter files of ours need.
 
@@ -41,7 +50,7 @@ class TrustRegionExperimentManager(ExperimentManager):
     def __init__(
         self, args: argparse.Namespace, algo: str, *others: Any, config: str | None = None, **kwargs: Any
     ) -> None:
-        packaged = HYPERPARAMETERS / f"{algo}.yml"
+        packaged = hyperparameters_of(algo)
         self._ours = packaged.exists()
         if config is None and self._ours:
             config = str(packaged)

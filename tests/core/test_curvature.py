@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Linearization, Segment
-from sb3_trpo_ext.core.vectors import assign, flatten, unflatten
+from sb3_trpo_ext.core.parameters import assign, flatten, unflatten
 
 
 class Problem:

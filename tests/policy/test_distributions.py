@@ -17,7 +17,7 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from sb3_trpo_ext import TRPO, Family, register_distribution
-from sb3_trpo_ext.core.vectors import flatten, unflatten
+from sb3_trpo_ext.core.parameters import flatten, unflatten
 from sb3_trpo_ext.policy.distributions import (
     BernoulliFamily,
     CategoricalFamily,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.core.conjugate_gradient import conjugate_gradient
-from sb3_trpo_ext.core.vectors import assign, flatten
+from sb3_trpo_ext.core.parameters import assign, flatten
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch

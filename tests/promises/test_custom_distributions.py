@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from sb3_trpo_ext import NPG, TRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO, register_distribution
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.policy.distributions import family_of
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.problem import PolicyProblem

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, Critic, PPOClip, PPOPenalty, register_critic
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, boundary_scale
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.core.reduction import Reduction
-from sb3_trpo_ext.core.vectors import flatten
 from sb3_trpo_ext.critic.base import Regression
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.buffers import whole_rollout

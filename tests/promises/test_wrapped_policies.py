@@ -19,7 +19,7 @@ from sb3_trpo_ext import (
     RecurrentPPOClip,
     RecurrentTRPO,
 )
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.critic.base import Regression, ValueFunction
 from sb3_trpo_ext.policy.problem import PolicyOutput
 from sb3_trpo_ext.rollout.buffers import whole_rollout

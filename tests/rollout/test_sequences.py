@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from sb3_trpo_ext import RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.core.vectors import flatten
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.critic.base import Regression
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy import memory_budget as device

@@ -16,7 +16,7 @@ from torch import nn
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo import ALGORITHMS
-from sb3_trpo_ext.zoo.experiment import HYPERPARAMETERS
+from sb3_trpo_ext.zoo.experiment import hyperparameters_of
 
 Build = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def ours() -> list[Any]:
     """All our entries; of two versions of a task with the same hyperparameters the older is a slow test."""
     found = []
     for algo in ALGORITHMS:
-        listed = entries(HYPERPARAMETERS / f"{algo}.yml")
+        listed = entries(hyperparameters_of(algo))
         for name, entry in listed.items():
             repeats = name.endswith("-v4") and listed.get(name.replace("-v4", "-v5")) == entry
             found.append(pytest.param(algo, name, marks=[pytest.mark.slow] if repeats else []))
@@ -101,7 +101,7 @@ def make_or_skip(env: str) -> None:
 
 @pytest.mark.parametrize("algo", set(ALGORITHMS) - {"trpo_mask"})
 def test_every_promised_task_is_listed(algo: str) -> None:
-    assert set(entries(HYPERPARAMETERS / f"{algo}.yml")) >= PROMISED
+    assert set(entries(hyperparameters_of(algo))) >= PROMISED
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -118,7 +118,8 @@ class Perceptron:
 
     def _append_affine(self, linear: nn.Linear) -> None:
         x, weight, bias = self.y, self._held[linear.weight], None if linear.bias is None else self._held[linear.bias]
-        y, u, image = (x.new_empty(len(x), len(weight)) for _ in range(3))
+        y, u = x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
+        images: list[Tensor] = []  # allocated when asked for
         transposed = weight.t()
         self.nbytes += 3 * y.nbytes
 
@@ -132,6 +133,9 @@ class Perceptron:
             self._pullback.append(partial(np.dot, self._ones, u.numpy(), out=self.gradient[linear.bias].numpy()))
 
         def push(tangent: Pieces, before: Tensor | None) -> Tensor:
+            if not images:
+                images.append(torch.empty_like(y))
+            image = images[0]
             if bias is None:
                 torch.mm(x, tangent[linear.weight].t(), out=image)
             else:

@@ -364,7 +364,11 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
                 self._plain_policy = self._stand_in()
-                with UNVALIDATED.used(), one_thread() if self._plain_policy else nullcontext():
+                with (
+                    UNVALIDATED.used(),
+                    one_thread() if self._plain_policy else nullcontext(),
+                    np.errstate(all="ignore"),
+                ):
                     finished = self._update()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done

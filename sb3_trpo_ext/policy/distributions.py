@@ -82,15 +82,15 @@ class GaussianFamily(Family):
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum of the A one-dimensional KL divergences."""
-        (mean_old, log_std_old), (mean_new, log_std_new) = old.chunk(2, dim=1), new.chunk(2, dim=1)
+        (mean_old, log_std_old), (mean_new, log_std_new) = old.chunk(2, dim=-1), new.chunk(2, dim=-1)
         distance = (mean_old - mean_new) * _finite_exp(-log_std_new)
-        return 0.5 * (exp_remainder(2 * (log_std_old - log_std_new)) + distance.square()).sum(dim=1)
+        return 0.5 * (exp_remainder(2 * (log_std_old - log_std_new)) + distance.square()).sum(dim=-1)
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """Multiply by diag(1/σ², 2)."""
-        log_std = z.chunk(2, dim=1)[1]
-        v_mean, v_log_std = v.chunk(2, dim=1)
-        return torch.cat([v_mean * _finite_exp(-2 * log_std), 2 * v_log_std], dim=1)
+        log_std = z.chunk(2, dim=-1)[1]
+        v_mean, v_log_std = v.chunk(2, dim=-1)
+        return torch.cat([v_mean * _finite_exp(-2 * log_std), 2 * v_log_std], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class CategoricalFamily(Family):
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Sum of the KL divergences of the choices; infinite where an option of p > 0 is ruled out."""
-        rows = max(1, _CACHED // old.shape[1])
-        pairs = zip(old.split(rows), new.split(rows), strict=True)
-        return torch.cat([_mass_divergence(*pair, _log_ratio(*pair)) for pair in pairs])
+        rows, width = max(1, _CACHED // old.shape[-1]), old.shape[-1]
+        pairs = zip(old.reshape(-1, width).split(rows), new.reshape(-1, width).split(rows), strict=True)
+        return torch.cat([_mass_divergence(*pair, _log_ratio(*pair)) for pair in pairs]).view(old.shape[:-1])
 
     def metric(self, z: Tensor, v: Tensor) -> Tensor:
         """(diag(p) - p pᵀ) v for each choice."""
-        pairs = zip(z.exp().split(self.sizes, dim=1), v.split(self.sizes, dim=1), strict=True)
-        return torch.cat([p * (u - (p * u).sum(dim=1, keepdim=True)) for p, u in pairs], dim=1)
+        pairs = zip(z.exp().split(self.sizes, dim=-1), v.split(self.sizes, dim=-1), strict=True)
+        return torch.cat([p * (u - (p * u).sum(dim=-1, keepdim=True)) for p, u in pairs], dim=-1)
 
 
 class BernoulliFamily(Family):
@@ -322,7 +322,7 @@ def _mass_divergence(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Ten
     far = log_new.exp() - p - p * d.clamp(min=torch.finfo(d.dtype).min)
     near = p * exp_remainder(d.clamp(max=1))
     # The smallest positive numbers have few digits, and a sum of them may round to less than zero.
-    return torch.where((d > 1) | (p == 0), far, near).sum(dim=1).clamp(min=0)
+    return torch.where((d > 1) | (p == 0), far, near).sum(dim=-1).clamp(min=0)
 
 
 def _log_ratio(log_old: Tensor, log_new: Tensor) -> Tensor:

@@ -397,3 +397,15 @@ def test_subclasses_of_sb3s_distributions_have_their_families() -> None:
 def test_what_cannot_be_registered_is_refused(arguments: Any) -> None:
     with pytest.raises(TypeError, match=r"`(distribution_class|factory)` must"):
         register_distribution(*arguments)
+
+
+@pytest.mark.parametrize("family", [GaussianFamily(), CategoricalFamily((2, 4)), BernoulliFamily()], ids=str)
+def test_a_single_state_needs_no_axis_of_its_own(family: Any) -> None:
+    old, new, v = torch.randn(3, 5, 6).unbind()
+    if isinstance(family, CategoricalFamily):
+        old, new = (torch.cat([z[:, :2].log_softmax(1), z[:, 2:].log_softmax(1)], dim=1) for z in (old, new))
+    each = torch.stack([family.kl(*pair) for pair in zip(old, new, strict=True)])
+    torch.testing.assert_close(each, family.kl(old, new))
+    torch.testing.assert_close(torch.stack(list(map(family.metric, old, v))), family.metric(old, v))
+    z = torch.tensor([0.0, -math.inf])
+    assert float(CategoricalFamily((2,)).kl(z, z)) == 0

@@ -223,8 +223,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _require_fast_updates(self) -> PlainPolicy:
         plain = super()._require_fast_updates()
         known = next(kind for kind in type(self).__mro__ if "_loss_by_hand" in vars(kind))
-        for name in ("_policy_loss", "_losses"):
-            if getattr(self, name).__func__ is not getattr(known, name):
+        for name in ("_policy_loss", "_losses", "_clipped_values"):
+            if getattr(getattr(self, name), "__func__", None) is not getattr(known, name):
                 raise NotCoveredError(f"{type(self).__name__} has its own {name}")
         self._loss_by_hand()
         if type(self.rollout_buffer) not in VIEWED_BUFFERS:

@@ -274,7 +274,8 @@ def check_same(
     if fast is True:
         tolerance, options["update"] = 2e-5, False
     first, second = callbacks or (None, None)
-    ours = collected(algorithm, *args, callback=first, fast_rollouts=fast, expect=expect, **options)
+    autograd = {} if peer is None else {"fast_updates": False}
+    ours = collected(algorithm, *args, callback=first, fast_rollouts=fast, expect=expect, **autograd, **options)
     slow = {"fast_rollouts": False} if peer is None else {}
     theirs = collected(peer or algorithm, *args, callback=second, expect=None, **slow, **options)
     if peer is not None:

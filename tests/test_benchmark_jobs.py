@@ -82,7 +82,7 @@ def test_arm_task_and_seed_are_told_apart(arm: str, task: str, seed: int, arm_2:
     assert (id_of({}, arm, task) == id_of({}, task, arm)) == (arm == task)
 
 
-@pytest.mark.parametrize("settings", UNLIKE_JSON, ids=str)
+@pytest.mark.parametrize("settings", UNLIKE_JSON, ids=lambda settings: str(next(iter(settings), "")))
 def test_settings_that_json_would_write_like_others_are_refused(settings: dict[Any, Any]) -> None:
     with pytest.raises((TypeError, ValueError)):
         id_of(settings)

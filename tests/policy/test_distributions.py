@@ -399,7 +399,9 @@ def test_what_cannot_be_registered_is_refused(arguments: Any) -> None:
         register_distribution(*arguments)
 
 
-@pytest.mark.parametrize("family", [GaussianFamily(), CategoricalFamily((2, 4)), BernoulliFamily()], ids=str)
+@pytest.mark.parametrize(
+    "family", [GaussianFamily(), CategoricalFamily((2, 4)), BernoulliFamily()], ids=lambda family: type(family).__name__
+)
 def test_a_single_state_needs_no_axis_of_its_own(family: Any) -> None:
     old, new, v = torch.randn(3, 5, 6).unbind()
     if isinstance(family, CategoricalFamily):

@@ -153,7 +153,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "options"), FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "options"), FORMS, ids=["-".join([kind.__name__, *options]) for kind, options in FORMS]
+)
 def test_cures_are_arguments_of_the_class_and_in_force(algorithm: Any, options: dict[str, Any]) -> None:
     model = make(algorithm, **options)
     message = warned(model, "it was told to")

@@ -139,7 +139,7 @@ def test_schedules_are_followed_at_every_update(radius: Any) -> None:
         ({"n_critic_updates": 20, "critic": "gauss_newton"}, GaussNewtonCritic),
         ({"critic": "adam"}, AdamCritic),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value) or "defaults",
 )
 def test_what_was_tuned_for_contribs_critic_keeps_its_meaning(
     options: dict[str, Any], kind: type, tmp_path: Any

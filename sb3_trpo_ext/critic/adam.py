@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend
+from sb3_trpo_ext.core.parameters import trainable
 from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
 from sb3_trpo_ext.policy.perceptron import Perceptron
 
@@ -20,9 +21,10 @@ class AdamCritic(Critic):
 
     def fit(self, regression: Regression) -> float:
         """Run the epochs; the returned error is the mean over minibatches, each before its step."""
-        values = ValueFunction(regression, keep_features=regression.minibatches_are_parts)
-        by_hand = values.by_hand and can_descend(regression.policy.optimizer, regression.policy, values.params)
-        losses = (_losses_by_hand if by_hand else _losses)(regression, values)
+        policy, moved = regression.policy, [p for p in trainable(regression.policy) if p not in regression.frozen]
+        by_hand = can_descend(policy.optimizer, policy, moved)
+        values = ValueFunction(regression, keep_features=regression.minibatches_are_parts, by_hand=by_hand)
+        losses = (_losses_by_hand if values.by_hand else _losses)(regression, values)
         return regression.batch.reduction.number(torch.stack(losses).sum() / len(losses))
 
 

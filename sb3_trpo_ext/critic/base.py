@@ -86,6 +86,8 @@ class ValueFunction:
     Args:
         regression: Whose policy, samples and parameters.
         keep_features: Whether features may be kept at all.
+        by_hand: Whether V of a policy of plain layers may be computed by hand: `gradient` and `jacobian` then give its
+            derivatives, and autograd does not.
 
     Attributes:
         params: The parameters that it may move.
@@ -93,7 +95,7 @@ class ValueFunction:
         by_hand: What stands for the policy, where V is computed from fixed features by plain layers; or None.
     """
 
-    def __init__(self, regression: Regression, *, keep_features: bool = True) -> None:
+    def __init__(self, regression: Regression, *, keep_features: bool = True, by_hand: bool = False) -> None:
         self._policy = policy = regression.policy
         self._plain: Any = owner_of(policy, "predict_values", KNOWN_VALUES)
         self.params = [param for param in trainable(policy) if param not in regression.frozen]
@@ -101,7 +103,7 @@ class ValueFunction:
         self._fixed = keep_features and self._has_fixed_features(len(self.batch))
         if self._fixed:
             self.batch = replace(self.batch, observations=self._features(self.batch, regression.chunk_size))
-        self.by_hand = regression.plain if self._fixed else None
+        self.by_hand = regression.plain if self._fixed and by_hand else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """V on a part of `batch`, ``(N,)``."""

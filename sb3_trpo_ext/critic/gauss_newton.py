@@ -64,7 +64,7 @@ class GaussNewtonCritic(Critic):
 
     def fit(self, regression: Regression) -> float:
         """Take the steps; see `Critic.fit`."""
-        values, size = ValueFunction(regression), regression.chunk_size
+        values, size = ValueFunction(regression, by_hand=True), regression.chunk_size
         samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
         subset, loss = values.batch.subset(samples), 0.0
         for _ in range(self.n_iterations):

@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.critic.base import Regression, ValueFunction
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic, ValueProblem
 from sb3_trpo_ext.policy.problem import PolicyProblem
@@ -193,3 +194,27 @@ def test_the_curvature_sees_as_many_samples_as_were_asked_for(own: Any, models: 
     batch = Counted(**vars(samples(60)))
     GaussNewtonCritic(curvature_samples=own).fit(Regression(model.policy, batch, curvature_samples=models))
     assert (sizes or [60]) == [expected]
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {},
+    "adamw": {"optimizer_class": torch.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}},
+    "amsgrad": {"optimizer_kwargs": {"amsgrad": True}},
+    "foreach": {"optimizer_kwargs": {"foreach": True}},
+    "sgd": {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_the_critic_as_it_does_by_autograd(name: str) -> None:
+    ends, before = [], None
+    for fast in (True, False):
+        model = with_rollout(
+            make(TRPO, "box", critic="adam", batch_size=12, policy_kwargs=OPTIMIZERS[name], fast_updates=fast)
+        )
+        before = flatten(list(model.policy.mlp_extractor.value_net.parameters())).detach().clone()
+        np.random.seed(0)
+        model.train()
+        ends.append(flatten(list(model.policy.mlp_extractor.value_net.parameters())).detach())
+    assert before is not None and float((ends[1] - before).norm()) > 1e-3
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)

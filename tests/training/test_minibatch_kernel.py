@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, RandomEnv, make, with_rollout
+from envs import ACTION_SPACES, RandomEnv, in_float64, make, with_rollout
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -479,3 +479,104 @@ def test_a_parameter_that_a_callback_breaks_is_named(fast: bool) -> None:
 def test_rows_are_standardised_whose_squares_overflow() -> None:
     values = torch.tensor([[1e20, -1e20, 3e20]])
     torch.testing.assert_close(ALONE.standardized_rows(values)[0], ALONE.standardized(values[0]))
+
+
+# From one update to the next
+
+
+def another_policy(model: Any, other: Any) -> None:
+    model.policy = other.policy
+
+
+def loaded_state(model: Any, other: Any) -> None:
+    model.policy.load_state_dict(other.policy.state_dict())
+
+
+def other_memory(model: Any, other: Any) -> None:
+    for param in model.policy.parameters():
+        param.data = 1.1 * param.data
+
+
+def another_layer(model: Any, other: Any) -> None:
+    model.policy.value_net = other.policy.value_net
+    model.policy.optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-4, eps=1e-5)
+
+
+def another_parameter(model: Any, other: Any) -> None:
+    model.policy.action_net.bias = other.policy.action_net.bias
+    model.policy.optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-4, eps=1e-5)
+
+
+def another_activation(model: Any, other: Any) -> None:
+    model.policy.mlp_extractor.policy_net[1] = nn.ReLU()
+
+
+def another_optimizer(model: Any, other: Any) -> None:
+    model.policy.optimizer = torch.optim.AdamW(model.policy.parameters(), lr=3e-4, weight_decay=0.1)
+
+
+def other_options(model: Any, other: Any) -> None:
+    model.batch_size, model.vf_coef, model.ent_coef, model.max_grad_norm = 8, 0.0, 0.1, 0.05
+    model.policy.optimizer.param_groups[0].update(betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1)
+
+
+def written_in_place(model: Any, other: Any) -> None:
+    with torch.no_grad():
+        model.policy.log_std.fill_(-1.0)
+        model.policy.action_net.weight.mul_(3.0)
+
+
+CHANGES = [
+    another_policy,
+    loaded_state,
+    other_memory,
+    another_layer,
+    another_parameter,
+    another_activation,
+    another_optimizer,
+    other_options,
+    written_in_place,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("algorithm", [PPOClip, PPOPenalty, TRPO])
+def test_what_changes_between_updates_is_followed(algorithm: Any, change: Any) -> None:
+    options: dict[str, Any] = {"critic": "adam", "cg_max_steps": 2} if algorithm is TRPO else {"n_epochs": 2}
+    if change is other_options and algorithm is TRPO:
+        pytest.skip("options of minibatches")
+    models = []
+    for fast in (True, False):
+        model, other = (
+            make(algorithm, "box", batch_size=16, seed=seed, fast_updates=fast, **options) for seed in (0, 1)
+        )
+        model.set_random_seed(3)
+        with_rollout(model).train()
+        change(model, other)
+        for _ in range(2):
+            with_rollout(model).train()
+            assert model.update_path == ("fast" if fast else "autograd: fast_updates=False")
+        models.append(model)
+    check_alike(*models, natural=algorithm is TRPO)
+
+
+@pytest.mark.parametrize("algorithm", [PPOClip, PPOPenalty, TRPO])
+def test_a_policy_in_double_precision_goes_by_autograd_until_it_is_back(algorithm: Any) -> None:
+    model = make(algorithm, "discrete").learn(32)
+    assert model.update_path == "fast"
+    in_float64(model)
+    cast_moments(model, DOUBLE)
+    model.learn(32)
+    assert model.update_path.startswith("autograd: ")
+    model.policy.features_extractor._forward_pre_hooks.clear()
+    model.policy.float()
+    cast_moments(model, torch.float32)
+    before = torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+    model.learn(32)
+    assert model.update_path == "fast"
+    assert not torch.equal(before, torch.nn.utils.parameters_to_vector(model.policy.parameters()))
+
+
+def cast_moments(model: Any, dtype: torch.dtype) -> None:
+    for state in model.policy.optimizer.state.values():
+        state.update({key: value.to(dtype) for key, value in state.items() if key != "step"})

@@ -155,3 +155,11 @@ def test_other_action_spaces_are_refused() -> None:
     space = spaces.Dict({"a": spaces.Discrete(2)})
     with pytest.raises(AssertionError, match="Dict"):
         TRPO("MlpPolicy", RandomEnv(action_space=space))
+
+
+@pytest.mark.parametrize("value", ["yes", None, 2, "exact"])
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, PPOClip, PPOPenalty])
+def test_fast_updates_are_on_or_off(algorithm: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match="`fast_updates` must be True or False") as error:
+        make(algorithm, fast_updates=value)
+    assert repr(value) in str(error.value)

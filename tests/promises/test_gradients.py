@@ -12,9 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from envs import make, with_rollout
+from envs import ACTION_SPACES, OBSERVATION_SPACES, RandomEnv, make, with_rollout
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -30,8 +33,11 @@ from sb3_trpo_ext import (
     RecurrentNPG,
     RecurrentPPOClip,
     RecurrentTRPO,
+    register_distribution,
 )
 from sb3_trpo_ext.core.flat_optimizer import LARGEST_FLAT, FlatOptimizer
+from sb3_trpo_ext.policy import distributions
+from sb3_trpo_ext.policy.distributions import GaussianFamily
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.rollout.buffers import whole_rollout
 
@@ -464,3 +470,230 @@ def test_frozen_parameters_get_their_gradients_back_and_are_not_moved() -> None:
         assert float(optimizer.state[module.weight]["step"]) == 3
         assert module.bias not in optimizer.state
         assert module.weight.grad is not None
+
+
+# Whoever watches, and whatever is not of plain layers, gets autograd
+
+
+class OwnLoss(PPOClip):
+    def _policy_loss(self, part: Any, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._policy_loss(part, ratio, advantages)
+
+
+class OwnPenalty(PPOPenalty):
+    def _losses(self, part: Any) -> Any:
+        return super()._losses(part)
+
+
+class OwnBuffer(RolloutBuffer):
+    pass
+
+
+class OwnPolicy(ActorCriticPolicy):
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> Any:
+        return super().evaluate_actions(obs, actions)
+
+
+class OwnGaussian(GaussianFamily):
+    pass
+
+
+def path_of(model: Any) -> str:
+    with_rollout(model).train()
+    return model.update_path
+
+
+OF_FIRST_ORDER = {"post hook", "pre hook", "global post hook", "global pre hook", "wrapped step", "scheduler"} | {
+    "wrapped zero_grad",
+    "wrapped class",
+}
+
+
+@pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.parametrize("algorithm", [PPOClip, PPOPenalty, TRPO, NPG])
+def test_whoever_watches_has_autograd_as_long_as_he_does(algorithm: Any, name: str) -> None:
+    model = make(algorithm, "box", batch_size=16, **({"critic": "adam"} if algorithm in NATURAL else {}))
+    assert path_of(model) == "fast"
+    looks: list[Any] = []
+    with WATCHERS[name](model, lambda *args: looks.append(args)):
+        if algorithm in NATURAL and name == "multi-grad hook":  # which torch allows in `backward` alone
+            model._stand_in()
+            assert "hook" in model.update_path
+            return
+        path = path_of(model)
+    if algorithm in NATURAL and name in OF_FIRST_ORDER:
+        assert path == "fast"  # of the policy's step; the critic asks for itself
+    else:
+        assert path.startswith("autograd: ") and any(word in path for word in ("hook", "waits"))
+    assert looks or name in ("noisy parameter hook", "module hook")
+    if name not in ("scheduler", "wrapped step", "wrapped zero_grad"):  # torch's schedulers leave a wrapper behind
+        assert path_of(model) == "fast"
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("algorithm", [PPOClip, TRPO])
+def test_backward_hooks_of_modules_have_autograd(algorithm: Any, kind: str) -> None:
+    model = make(algorithm, "box")
+    looks: list[Any] = []
+    with undoing(getattr(model.policy.value_net, kind)(lambda *_: looks.append(1))):
+        assert "hook" in path_of(model)
+        assert looks
+    assert path_of(model) == "fast"
+    with undoing(nn.modules.module.register_module_full_backward_hook(lambda *_: looks.append(2))):
+        assert "hook" in path_of(model)
+        assert 2 in looks
+    assert path_of(model) == "fast"
+
+
+def test_a_graph_that_somebody_keeps_has_autograd() -> None:
+    model = make(PPOClip, "box")
+    kept = model.policy.log_std.exp()
+    assert "waits for the gradient" in path_of(model)
+    del kept
+    assert path_of(model) == "fast"
+
+
+def frozen(model: Any) -> None:
+    model.policy.action_net.bias.requires_grad_(False)
+
+
+def shared(model: Any) -> None:
+    model.policy.mlp_extractor.value_net = model.policy.mlp_extractor.policy_net
+
+
+def twice(model: Any) -> None:
+    model.policy.mlp_extractor.policy_net[2] = model.policy.mlp_extractor.policy_net[0]
+
+
+def tied(model: Any) -> None:
+    model.policy.mlp_extractor.value_net[0].weight = model.policy.mlp_extractor.policy_net[0].weight
+
+
+def own_module(model: Any) -> None:
+    model.policy.mlp_extractor.policy_net.append(nn.Dropout(0.1))
+
+
+def double(model: Any) -> None:
+    model.policy.log_std.data = model.policy.log_std.data.double()
+
+
+def strided(model: Any) -> None:
+    weight = model.policy.action_net.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def own_method(model: Any) -> None:
+    model.policy.evaluate_actions = model.policy.evaluate_actions
+
+
+def compiled_part(model: Any) -> None:
+    model.policy.mlp_extractor = torch.compile(model.policy.mlp_extractor, backend="eager")
+
+
+def compiled(model: Any) -> None:
+    model.policy = torch.compile(model.policy, backend="eager")
+
+
+def own_family(model: Any) -> None:
+    register_distribution(DiagGaussianDistribution, lambda _: OwnGaussian())
+
+
+def two_groups(model: Any) -> None:
+    optimizer = model.policy.optimizer
+    params = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = params[:2]
+    optimizer.add_param_group({"params": params[2:], "lr": 1e-4})
+
+
+def missing(model: Any) -> None:
+    model.policy.optimizer.param_groups[0]["params"].pop()
+
+
+def strange(model: Any) -> None:
+    model.policy.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def uneven(model: Any) -> None:
+    with_rollout(model).train()
+    del model.policy.optimizer.state[model.policy.log_std]
+
+
+def replaced_loss(model: Any) -> None:
+    policy_loss = model._policy_loss
+    model._policy_loss = lambda *args: policy_loss(*args)
+
+
+NARROW: dict[str, Any] = {"policy_kwargs": {"net_arch": [5, 5]}}
+SGD: dict[str, Any] = {"policy_kwargs": {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {}}}
+OTHERS: dict[str, tuple[list[Any], dict[str, Any], Any, str]] = {
+    "switched off": ([PPOClip, TRPO], {"fast_updates": False}, None, "fast_updates=False"),
+    "gsde": ([PPOClip, TRPO], {"use_sde": True}, None, "distribution StateDependentNoiseDistribution"),
+    "lstm": ([RecurrentPPOClip, RecurrentTRPO, RecurrentNPG], {}, None, "a policy with memory"),
+    "cnn": ([PPOClip, TRPO], {"observation": "image"}, None, "NatureCNN"),
+    "dict with an image": ([PPOClip, NPG], {"observation": "dict"}, None, "CombinedExtractor with parts of its own"),
+    "frozen": ([PPOClip, TRPO], {}, frozen, "frozen parameters"),
+    "shared layers": ([PPOClip, TRPO], NARROW, shared, "layers that actor and critic share"),
+    "a weight of both": ([PPOClip, TRPO], NARROW, tied, "layers that actor and critic share"),
+    "a layer twice": ([PPOClip, TRPO], {"policy_kwargs": {"net_arch": [5, 5, 5]}}, twice, "a parameter in two places"),
+    "own module": ([PPOClip, TRPO], {}, own_module, "layer Dropout"),
+    "own policy": ([PPOClip, TRPO], {"policy": OwnPolicy}, None, "OwnPolicy has its own evaluate_actions"),
+    "own method": ([PPOClip, TRPO], {}, own_method, "has its own evaluate_actions"),
+    "own family": ([PPOClip, TRPO], {}, own_family, "a family of the user's own"),
+    "compiled": ([PPOClip], {}, compiled, "policy of class OptimizedModule"),
+    "compiled in part": ([PPOClip], {}, compiled_part, "mlp_extractor of class OptimizedModule"),
+    "another precision": ([PPOClip], {}, double, "not float32"),
+    "another layout": ([PPOClip, TRPO], {}, strided, "contiguous"),
+    "own loss": ([OwnLoss], {}, None, "OwnLoss has its own _policy_loss"),
+    "own losses": ([OwnPenalty], {}, None, "OwnPenalty has its own _losses"),
+    "own loss of one model": ([PPOClip], {}, replaced_loss, "PPOClip has its own _policy_loss"),
+    "own buffer": ([PPOClip], {"rollout_buffer_class": OwnBuffer}, None, "rollout buffer OwnBuffer"),
+    "sgd": ([PPOClip, PPOPenalty], SGD, None, "optimizer SGD"),
+    "two groups": ([PPOClip], {}, two_groups, "optimizer Adam with settings"),
+    "not all parameters": ([PPOClip], {}, missing, "optimizer Adam with settings"),
+    "foreign parameters": ([PPOClip], {}, strange, "optimizer Adam with settings"),
+    "uneven state": ([PPOClip], {}, uneven, "optimizer Adam with settings"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"), [(name, each) for name, (algorithms, *_) in OTHERS.items() for each in algorithms]
+)
+def test_what_is_not_covered_is_named(name: str, algorithm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributions, "_FACTORIES", dict(distributions._FACTORIES))
+    _, options, change, words = OTHERS[name]
+    if "policy" in options:
+        env = RandomEnv(OBSERVATION_SPACES["vector"], ACTION_SPACES["box"])
+        model = algorithm(env=env, n_steps=32, device="cpu", **options)
+    else:
+        model = make(algorithm, "box", **{"observation": "vector", **options})
+    if change is not None:
+        if name not in ("uneven state", "not all parameters"):
+            assert path_of(model) == "fast"
+        change(model)
+    with_rollout(model)
+    if name != "another precision":  # which no optimiser could step
+        model.train()
+    else:
+        model._stand_in()
+    assert model.update_path.startswith("autograd: ")
+    assert words in model.update_path
+
+
+def test_a_subclass_that_brings_both_its_losses_goes_by_hand() -> None:
+    class Both(OwnLoss):
+        def _loss_by_hand(self) -> Any:
+            return super()._loss_by_hand()
+
+        def _policy_loss(self, part: Any, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+            return super()._policy_loss(part, ratio, advantages)
+
+    assert path_of(make(Both, "box")) == "fast"
+
+
+def test_the_path_is_printed_when_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(PPOClip, "box", verbose=1)
+    for fast in (True, True, False, False, True):
+        model.fast_updates = fast
+        path_of(model)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Updates: ")]
+    assert printed == ["Updates: fast", "Updates: autograd: fast_updates=False", "Updates: fast"]

@@ -15,10 +15,11 @@ import torch
 import torch._dynamo
 from envs import make
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
-from sb3_trpo_ext.policy.evaluation import consistent_evaluation
+from sb3_trpo_ext.policy.evaluation import UNVALIDATED, consistent_evaluation
 
 ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {}),
@@ -101,6 +102,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "memory-efficient": (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     "cudnn attention": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     "math": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    "validation": (lambda: Distribution._validate_args, Distribution.set_default_validate_args),
 }
 
 
@@ -189,6 +191,76 @@ def test_sixteen_models_trained_in_threads_leave_no_trace(usual: dict[str, Any])
         assert moved and all(bool(param.isfinite().all()) for param in model.policy.parameters())
         assert model.num_timesteps == 128 and not model._reported_rejections
     assert switches() == usual
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("algorithm", [PPOClip, TRPO])
+def test_distributions_are_not_validated_in_an_update_and_as_ever_after(
+    algorithm: Any, validates: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Distribution.set_default_validate_args(validates)
+    model, seen = make(algorithm, "box", fast_updates=fast), []
+    update = model._update
+
+    def observed() -> Any:
+        seen.append(Distribution._validate_args)
+        result = update()
+        seen.append(Distribution._validate_args)
+        return result
+
+    monkeypatch.setattr(model, "_update", observed)
+    model.learn(64)
+    assert seen == [False] * 4
+    assert Distribution._validate_args is validates
+    for error in (KeyboardInterrupt, ValueError):
+        monkeypatch.setattr(model, "_update", raising(error))
+        with pytest.raises(error):
+            model.learn(32)
+        assert Distribution._validate_args is validates
+
+
+def raising(error: type[BaseException]) -> Callable[[], Any]:
+    def update() -> Any:
+        assert not Distribution._validate_args
+        raise error
+
+    return update
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_four_threads_that_train_leave_validation_as_it_was(validates: bool) -> None:
+    Distribution.set_default_validate_args(validates)
+    start = threading.Barrier(4)
+
+    def train(index: int) -> tuple[bool, str]:
+        model = make(PPOClip, "box", batch_size=16, seed=index)
+        start.wait()
+        for _ in range(4):
+            model.learn(32)
+            with UNVALIDATED.used(), UNVALIDATED.used():
+                assert not Distribution._validate_args
+        return bool(model._reported_rejections), model.update_path
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(train, range(4))) == [(False, "fast")] * 4
+    assert Distribution._validate_args is validates
+
+
+@pytest.mark.parametrize("algorithm", [PPOClip, PPOPenalty, TRPO])
+def test_what_stood_for_a_policy_does_not_outlive_it(algorithm: Any) -> None:
+    model = make(algorithm, "box").learn(64)
+    assert model.update_path == "fast"
+    references = remains(model)
+    policy = weakref.ref(model.policy)
+    model.policy = make(algorithm, "box", seed=1).policy
+    model.learn(32)
+    gc.collect()
+    assert policy() is None
+    references += remains(model)
+    del model
+    gc.collect()
+    assert all(reference() is None for reference in references)
 
 
 # What an update takes at its peak, each in a process of its own, beside SB3's PPO

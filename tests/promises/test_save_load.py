@@ -150,11 +150,45 @@ SAVED_BY_0_1 = {
 def test_models_that_version_0_1_saved_go_on(name: str) -> None:
     algorithm, action = SAVED_BY_0_1[name]
     model = algorithm.load(Path(__file__).parent.parent / "data" / name, env=make(algorithm, action).env, device="cpu")
-    before = [param.clone() for param in model.policy.parameters()]
+    before = [param.detach().clone() for param in model.policy.parameters()]
+    assert model.fast_updates is True  # of which that version did not know
     model.learn(64, reset_num_timesteps=False)
+    assert model.update_path == ("autograd: a policy with memory" if "recurrent" in name else "fast")
     assert model.num_timesteps == 128
     assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
     if name == "trpo_0_1":
         assert model.value_critic.n_iterations == 3 and model.target_kl(1.0) == pytest.approx(0.02)
     if name == "recurrent_trpo_0_1":
         assert not hasattr(model, "n_epochs") and not hasattr(model, "clip_range")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, PPOClip, PPOPenalty])
+def test_fast_updates_are_saved(algorithm: Any, fast: bool, tmp_path: Path) -> None:
+    make(algorithm, "box", fast_updates=fast).learn(32).save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=make(algorithm, "box").env, device="cpu")
+    assert loaded.fast_updates is fast
+    assert loaded.learn(32).update_path == ("fast" if fast else "autograd: fast_updates=False")
+    other = algorithm.load(tmp_path / "model", env=loaded.env, device="cpu", fast_updates=not fast).learn(32)
+    assert other.update_path == ("autograd: fast_updates=False" if fast else "fast")
+
+
+def numbers(model: Any) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, PPOClip, PPOPenalty])
+def test_a_copy_of_a_model_trains_on_its_own(algorithm: Any, fast: bool) -> None:
+    model = make(algorithm, "box", fast_updates=fast).learn(32)
+    twin = copy.deepcopy(model)
+    before = numbers(model)
+    for each in (twin, model):
+        other = numbers(model if each is twin else twin)
+        each.set_random_seed(7)
+        each._last_obs = None
+        each.learn(64, reset_num_timesteps=False)
+        assert torch.equal(numbers(model if each is twin else twin), other)
+        assert each.update_path == ("fast" if fast else "autograd: fast_updates=False")
+    assert not torch.equal(numbers(twin), before)
+    assert torch.equal(numbers(twin), numbers(model))

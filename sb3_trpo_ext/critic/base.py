@@ -18,7 +18,7 @@ from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.known_policies import owner_of
+from sb3_trpo_ext.rollout.known_classes import owner_of
 
 KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 """Policies whose V goes from the critic's features through its MLP."""

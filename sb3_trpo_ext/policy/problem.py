@@ -19,7 +19,7 @@ from sb3_trpo_ext.core.parameters import flatten, gradient, trainable
 from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch, fits
-from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES, owner_of
+from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES, owner_of
 
 Policy: TypeAlias = ActorCriticPolicy | PlainPolicy
 """A policy, or what stands for one of plain layers."""

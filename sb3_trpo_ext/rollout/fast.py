@@ -23,8 +23,8 @@ from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.fast_policy import FastPolicy
 from sb3_trpo_ext.rollout.finite import check_actions
 from sb3_trpo_ext.rollout.forward import Array, NotCoveredError, aligned
+from sb3_trpo_ext.rollout.known_classes import is_idle, looks
 from sb3_trpo_ext.rollout.returns import estimate_advantages
-from sb3_trpo_ext.rollout.watchers import is_idle, looks
 
 PENDING = 2**17
 """Numbers that may wait to be valued at the most, where one step does not have more."""

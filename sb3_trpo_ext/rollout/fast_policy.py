@@ -28,7 +28,7 @@ from torch.nn.modules import module as global_hooks
 
 from sb3_trpo_ext.rollout.encoding import Encoder
 from sb3_trpo_ext.rollout.forward import Array, Mlp, NotCoveredError
-from sb3_trpo_ext.rollout.known_policies import KNOWN_POLICIES
+from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES
 from sb3_trpo_ext.rollout.sampling import BernoulliSampler, CategoricalSampler, GaussianSampler, Sampler
 
 OVERRIDABLE = (

@@ -41,7 +41,7 @@ from sb3_trpo_ext.rollout.fast import one_thread
 from sb3_trpo_ext.rollout.fast_kinds import fast_rollout
 from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
-from sb3_trpo_ext.rollout.watchers import looks
+from sb3_trpo_ext.rollout.known_classes import looks
 from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
 from sb3_trpo_ext.training.transaction import (
     Atomic,

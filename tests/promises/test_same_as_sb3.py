@@ -32,8 +32,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 from torch import Tensor, nn
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext.rollout.known_classes import looks
 from sb3_trpo_ext.rollout.sampling import CategoricalSampler
-from sb3_trpo_ext.rollout.watchers import looks
 
 VECTOR_DICT = spaces.Dict(
     {"position": spaces.Box(-1, 1, (2, 2)), "at": spaces.Discrete(5), "flags": spaces.MultiBinary(2)}

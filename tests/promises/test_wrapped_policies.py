@@ -23,7 +23,7 @@ from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.critic.base import Regression, ValueFunction
 from sb3_trpo_ext.policy.problem import PolicyOutput
 from sb3_trpo_ext.rollout.buffers import whole_rollout
-from sb3_trpo_ext.rollout.known_policies import owner_of
+from sb3_trpo_ext.rollout.known_classes import owner_of
 
 
 class Module(nn.Module):

@@ -1,10 +1,11 @@
-"""Whose method an object answers with: its own, or that of an object which it wraps."""
+"""What is known of a class by its name: the policies of SB3 and sb3-contrib, and callbacks that do not look."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 KNOWN_POLICIES = (MaskableActorCriticPolicy, RecurrentActorCriticPolicy, ActorCriticPolicy)
@@ -28,3 +29,24 @@ def owner_of(wrapper: Any, name: str, known: Iterable[type]) -> Any | None:
     if function is None or all(function is not getattr(kind, name, None) for kind in known):
         return None
     return getattr(method, "__self__", None)
+
+
+KNOWN_MODULES = ("stable_baselines3.common.callbacks", "sb3_contrib.common.maskable.callbacks", "rl_zoo3.callbacks")
+"""Where the callbacks are defined that neither look at values and log-probabilities nor change the policy."""
+
+
+def is_idle(callback: BaseCallback) -> bool:
+    """Whether it is what SB3 makes of no callback: it looks at nothing and changes nothing."""
+    return type(callback) is ConvertCallback and callback.callback is None
+
+
+def looks(callback: BaseCallback) -> bool:
+    """Whether it, or one that it calls, is of a class that could look at a step or change the policy."""
+    if type(callback) is ConvertCallback:
+        return callback.callback is not None
+    own = any(name.lstrip("_").startswith(("on_", "update_")) for name in vars(callback))
+    if own or type(callback).__module__ not in KNOWN_MODULES:
+        return True
+    held = [each for value in vars(callback).values() for each in (value if isinstance(value, list) else [value])]
+    parent = getattr(callback, "parent", None)
+    return any(looks(each) for each in held if isinstance(each, BaseCallback) and each is not parent)

@@ -297,7 +297,7 @@ LAYERS = st.one_of(layers, st.fixed_dictionaries({"pi": layers, "vf": layers}))
 FIRST_ORDER = {
     "batch_size": st.sampled_from([7, 16, 31, 32, 64]),
     "n_epochs": st.integers(1, 3),
-    "clip_range_vf": st.sampled_from([None, 0.05, 10.0]),
+    "clip_range_vf": st.sampled_from([None, 1e-3, 0.01, 10.0]),
     "vf_coef": st.sampled_from([0.0, 0.5, 2.0]),
     "max_grad_norm": st.sampled_from([0.01, 0.5, 10.0]),
 }
@@ -358,7 +358,7 @@ def logged(model: Any) -> dict[str, float]:
     return {key: float(v) for key, v in model.logger.name_to_value.items() if key.startswith("train/")}
 
 
-@settings(max_examples=80, derandomize=True, deadline=None)
+@settings(max_examples=70, derandomize=True, deadline=None)
 @given(settings_of(), st.integers(1, 2))
 def test_an_update_by_hand_is_the_one_by_autograd(found: tuple[Any, dict[str, Any], gym.Env], updates: int) -> None:
     (ours, our_random), (theirs, their_random) = (updated(*found, updates, fast) for fast in (True, False))

@@ -358,7 +358,7 @@ def logged(model: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(max_examples=16, derandomize=True, deadline=None)
+@settings(max_examples=32, derandomize=True, deadline=None)
 @given(st.data(), st.integers(1, 2))
 def test_an_update_by_hand_is_the_one_by_autograd(algorithm: Any, data: st.DataObject, updates: int) -> None:
     found = data.draw(settings_of(algorithm))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache
 from pathlib import Path
@@ -253,6 +253,7 @@ class FlatDescent:
     Args:
         optimizer: An optimiser that `can_descend`.
         params: The parameters.
+        others: Those that no gradient reaches, and of which none from before is left.
 
     Attributes:
         parameters: Where they are in the block.
@@ -260,8 +261,10 @@ class FlatDescent:
         gradients: Views of it, by parameter.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
-        self._optimizer, self._params = optimizer, params
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], others: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._optimizer, self._params, self._others = optimizer, params, list(others)
         self._has_stepped = False
 
     def __enter__(self) -> FlatDescent:
@@ -281,6 +284,8 @@ class FlatDescent:
             self._adam.write_back(self._optimizer)
             for param, gradient in self.gradients.items():
                 param.grad = gradient.clone()
+            for param in self._others:
+                param.grad = None
 
     def step(self) -> None:
         """One step along the gradient."""

@@ -85,6 +85,8 @@ class Reduction:
 
     def standardized_rows(self, values: Tensor) -> Tensor:
         """The same for each row of ``(M, n)``, a minibatch of which this worker has n samples."""
+        if self.workers == 1:
+            return (values - values.mean(dim=1, keepdim=True)) / (values.std(dim=1, keepdim=True) + 1e-8)
         count = self.count(values.shape[1])
         centred = values - self.total(values.sum(dim=1, keepdim=True)) / count
         variance = self.total(centred.square().sum(dim=1, keepdim=True)) / (count - 1)

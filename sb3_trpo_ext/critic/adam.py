@@ -45,8 +45,9 @@ def _losses_by_hand(regression: Regression, values: ValueFunction) -> list[Tenso
     plain, losses = values.by_hand, []
     assert plain is not None  # see `fit`
     networks: dict[int, Perceptron] = {}
-    params = [param for param in values.params if param in plain.critic_parameters()]
-    with FlatDescent(regression.policy.optimizer, params) as descent:
+    reached = plain.critic_parameters()
+    params, others = ([p for p in values.params if (p in reached) == asked] for asked in (True, False))
+    with FlatDescent(regression.policy.optimizer, params, others) as descent:
         for _ in range(regression.epochs):
             for part in regression.minibatches(values.batch):
                 features, rows, reduction = part.inputs, len(part), part.reduction

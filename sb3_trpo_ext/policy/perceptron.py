@@ -177,12 +177,21 @@ Function = Callable[[Array, Array], Any]
 Slope = Callable[[Array, Array, Array], Any]
 
 
+SATURATED = 9.011
+"""Where tanh in float32 is ±1; NumPy's comes to a bit less, which leaves a slope that is none."""
+
+
 def _tanh(module: nn.Module) -> tuple[Function, Slope]:
+    def function(x: Array, y: Array) -> None:
+        np.tanh(x, out=y)
+        if y.dtype == np.float32 and (x.max() > SATURATED or x.min() < -SATURATED):
+            np.copyto(y, np.sign(x), where=np.abs(x) > SATURATED)
+
     def slope(x: Array, y: Array, out: Array) -> None:
         np.multiply(y, y, out=out)
         np.subtract(1, out, out=out)
 
-    return np.tanh, slope
+    return function, slope
 
 
 def _relu(module: nn.Module) -> tuple[Function, Slope]:

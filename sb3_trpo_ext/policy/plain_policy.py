@@ -47,6 +47,8 @@ class PlainPolicy:
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self._is_as_it_was = require_plain(policy)
+        if len({param.data_ptr() for param in policy.parameters()}) < len(list(policy.parameters())):
+            raise NotCoveredError("parameters that share their memory")
         if isinstance(policy, RecurrentActorCriticPolicy):
             raise NotCoveredError("a policy with memory")
         self._policy: Any = policy
@@ -58,6 +60,8 @@ class PlainPolicy:
         self.log_std: nn.Parameter | None = None
         if isinstance(policy.action_dist, DiagGaussianDistribution):
             self.log_std = policy.log_std
+            if self.log_std.shape != (policy.action_net.out_features,):
+                raise NotCoveredError("a log σ that is not one of each dimension")
         if self.actor_parameters() & self.critic_parameters():
             raise NotCoveredError("layers that actor and critic share")
         self._networks: dict[tuple[str, int, int], Perceptron] = {}
@@ -80,11 +84,16 @@ class PlainPolicy:
         """What stands for a policy in another update: itself, if it is the same policy with the same parts."""
         if policy is not self._policy or not self._is_as_it_was():
             return PlainPolicy(policy)
+        require_plain(policy)
         self._require_usual()
         self._lent, self._last, self._leaves = 0, None, {}
         if sum(network.nbytes for network in self._networks.values()) > KEPT_BYTES:
             self._networks.clear()
         return self
+
+    def __reduce__(self) -> Any:
+        """None takes its place in a copy, which makes its own."""
+        return type(None), ()
 
     def actor_parameters(self) -> set[nn.Parameter]:
         """Those that π depends on."""

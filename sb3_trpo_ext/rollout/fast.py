@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -40,6 +41,20 @@ def one_thread() -> AbstractContextManager[None]:
     Its threads would wait for each other at every step on a machine that runs several trainings.
     """
     return _ONE_THREAD.used() if torch.get_num_threads() == 1 else nullcontext()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """NumPy does not warn of numbers that are not finite: whoever computes them looks at them, as with torch's."""
+    before = np.geterr()
+    try:
+        try:
+            np.seterr(all="ignore")
+            yield
+        finally:
+            np.seterr(**before)
+    finally:  # again, if an interrupt came between
+        np.seterr(**before)
 
 
 OVERRIDABLE = ("add", "reset", "compute_returns_and_advantage")

@@ -289,7 +289,7 @@ class Structure:
         tables = [table for _, module in self._modules for table in (module._modules, module._parameters)]
         self._sizes = [(table, len(table)) for table in tables]
         self._entries: list[tuple[Any, str, Any]] = [(table, *entry) for table in tables for entry in table.items()]
-        self._addresses = [(param, param.data_ptr()) for param in policy.parameters()]
+        self._places = [(param, _place(param)) for param in policy.parameters()]
 
     def require_unhooked(self) -> None:
         """Raise `NotCoveredError` if a hook or a replaced method could change what a module computes."""
@@ -311,7 +311,7 @@ class Structure:
             self._policy.action_dist is self._distribution
             and all(table.get(name) is part for table, name, part in self._entries)
             and all(len(table) == size for table, size in self._sizes)
-            and all(param.data_ptr() == address for param, address in self._addresses)
+            and all(_place(param) == place for param, place in self._places)
         ):
             return False
         try:
@@ -319,3 +319,8 @@ class Structure:
         except NotCoveredError:
             return False
         return True
+
+
+def _place(param: Tensor) -> tuple[Any, ...]:
+    """Where the numbers of a parameter are, and in which order."""
+    return param.data_ptr(), param.shape, param.stride(), param.dtype

@@ -57,7 +57,7 @@ def plain_layers(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """
     layers: list[nn.Module] = []
     for module in modules:
-        for part in module if isinstance(module, nn.Sequential) else [module]:
+        for part in module if type(module) is nn.Sequential else [module]:
             if type(part) is not nn.Linear and (type(part) not in ACTIVATIONS or not layers):
                 raise NotCoveredError(f"layer {type(part).__name__}")
             layers.append(part)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from sb3_trpo_ext.policy.signal import CURES
 from sb3_trpo_ext.rollout.action_spaces import KINDS
 from sb3_trpo_ext.rollout.buffers import by_time, check_full, resize, whole_rollout
 from sb3_trpo_ext.rollout.env_copies import cheap_copies
-from sb3_trpo_ext.rollout.fast import one_thread
+from sb3_trpo_ext.rollout.fast import one_thread, quiet
 from sb3_trpo_ext.rollout.fast_kinds import fast_rollout
 from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
@@ -64,8 +63,6 @@ REJECTIONS_BEFORE_WARNING = 10
 PROBED = 256
 """Most samples in one forward pass where observations that are not finite are looked at."""
 
-_STAND_INS: WeakKeyDictionary[TrustRegionAlgorithm, PlainPolicy] = WeakKeyDictionary()
-"""What stood for a model's policy in its last update, if it was fast."""
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="TrustRegionAlgorithm")
 
@@ -126,6 +123,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         self.fast_updates = fast_updates
         self.rollout_path = self.update_path = ""
         self._plain_policy: PlainPolicy | None = None
+        self._last_stand_in: PlainPolicy | None = None
         self.policy_changes_in_rollouts = False
         self._rejections_in_a_row = 0
         self._reported_rejections: list[str] = []
@@ -364,11 +362,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
                 self._plain_policy = self._stand_in()
-                with (
-                    UNVALIDATED.used(),
-                    one_thread() if self._plain_policy else nullcontext(),
-                    np.errstate(all="ignore"),
-                ):
+                with UNVALIDATED.used(), quiet(), one_thread() if self._plain_policy else nullcontext():
                     finished = self._update()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done
@@ -395,12 +389,12 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _require_fast_updates(self) -> PlainPolicy:
         """What stands for the policy; `NotCoveredError` where nothing can."""
-        known = _STAND_INS.pop(self, None)
-        _STAND_INS[self] = stand_in = known.renewed(self.policy) if known else PlainPolicy(self.policy)
+        known, self._last_stand_in = self._last_stand_in, None
+        self._last_stand_in = stand_in = known.renewed(self.policy) if known else PlainPolicy(self.policy)
         return stand_in
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "reduction"]
+        return [*super()._excluded_save_params(), "reduction", "_last_stand_in"]
 
     def _after_rejection(self, rejection: UpdateRejectedError) -> None:
         """Prepare the next update after one that was undone."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
@@ -26,7 +27,7 @@ from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, order_of_epoch, whole_rollout
+from sb3_trpo_ext.rollout.buffers import minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
@@ -41,6 +42,18 @@ KL_CHUNK_BYTES = 3 * 2**19
 
 OLD_Z_BYTES = 8 * 2**20
 """Bytes of the coordinates of π_old up to which they are kept where only the exact KL needs them."""
+
+BY_HAND = (
+    "_policy_loss",
+    "_losses",
+    "_clipped_values",
+    "loss_on",
+    "_minibatches",
+    "_steps",
+    "_exceeds_target",
+    "entropy_weight",
+)
+"""Methods whose overriding could change an epoch, or look at it, in a way that updates by hand do not know."""
 
 LARGEST_BY_HAND = 2**21
 """Numbers in the parameters, of which there are several copies, up to which minibatches go by hand; and in the features
@@ -223,11 +236,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _require_fast_updates(self) -> PlainPolicy:
         plain = super()._require_fast_updates()
         known = next(kind for kind in type(self).__mro__ if "_loss_by_hand" in vars(kind))
-        for name in ("_policy_loss", "_losses", "_clipped_values"):
+        for name in BY_HAND:
             if getattr(getattr(self, name), "__func__", None) is not getattr(known, name):
                 raise NotCoveredError(f"{type(self).__name__} has its own {name}")
         self._loss_by_hand()
-        if type(self.rollout_buffer) not in VIEWED_BUFFERS:
+        if type(self.rollout_buffer) not in (RolloutBuffer, DictRolloutBuffer):
             raise NotCoveredError(f"rollout buffer {type(self.rollout_buffer).__name__}")
         optimizer, params = self.policy.optimizer, plain.trained_parameters()
         if not can_descend(optimizer, self.policy, params):
@@ -379,7 +392,9 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         loss = replace(
             self._loss_by_hand(), entropy_weight=self.entropy_weight(), value_weight=self.vf_coef, value_bound=bound
         )
-        descent = FlatDescent(self.policy.optimizer, self._plain_policy.trained_parameters())
+        params = self._plain_policy.trained_parameters()
+        others = {*self.policy.parameters()} - {*params}
+        descent = FlatDescent(self.policy.optimizer, params, others)
         return MinibatchSteps(self._plain_policy, descent, loss, self.reduction)
 
     def loss_on(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -81,7 +81,8 @@ class GaussianHead(Head):
         assert self._log_std is not None
         log_std = self._log_std[0]
         self._mean, self._scale = y, np.exp(log_std)
-        if not (self._scale > 0).all():
+        if not ((self._scale > 0) & (self._scale < np.inf)).all():
+            self._distance = np.full_like(y, np.nan)
             return np.full(len(y), np.nan, dtype=y.dtype), np.nan
         self._distance = (actions - y) / self._scale
         log_scale = float(log_std.sum())
@@ -213,7 +214,7 @@ def clipped(clip_range: float) -> PolicyLoss:
         plain = ratio * downhill
         bounded = np.minimum(np.maximum(ratio, 1 - clip_range), 1 + clip_range) * downhill
         outside = np.abs(ratio - 1) > clip_range
-        return np.maximum(plain, bounded), np.where(outside & (plain < bounded), 0, plain), outside
+        return np.maximum(plain, bounded), np.where(outside & (plain < bounded), 0 * ratio, plain), outside
 
     return loss
 
@@ -395,7 +396,7 @@ class _Networks:
     """
 
     def __init__(self, plain: PlainPolicy, rows: int, parameters: Pieces, gradients: Pieces) -> None:
-        x = torch.empty(rows, plain.n_features)
+        x = torch.empty(rows, plain.n_features, dtype=torch.float32)
         self.x = x.numpy()
         self.actor = Perceptron(plain.actor_modules, x, parameters, gradients)
         self.critic = Perceptron(plain.critic_modules, x, parameters, gradients)

@@ -100,7 +100,7 @@ def test_the_version_is_stated_once_and_has_its_changes_listed() -> None:
     assert 'dynamic = ["version"]' in project and not re.search(r"^version *=", project, re.MULTILINE)
 
 
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", *sources("examples")) if name.endswith(".md")]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", *sorted(sources("examples"))) if name.endswith(".md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w./:-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|gz|png|json|yml|sh)\b")
 """A file that is named with its folder, in prose or in a command."""

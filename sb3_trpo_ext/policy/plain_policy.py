@@ -77,8 +77,22 @@ class PlainPolicy:
             raise NotCoveredError("a hook of a parameter or a module")
         if not all(param.requires_grad for param in self._policy.parameters()):
             raise NotCoveredError("frozen parameters")
-        if any(map(is_awaited, self._policy.parameters())):
+        if self._is_awaited():
+            self._let_go()
+        if self._is_awaited():
             raise NotCoveredError("somebody who waits for the gradient of a parameter")
+
+    def _is_awaited(self) -> bool:
+        return any(map(is_awaited, self._policy.parameters()))
+
+    @torch.no_grad()
+    def _let_go(self) -> None:
+        """Give the policy's distribution other parameters: those that autograd left have a graph, and nobody asks."""
+        policy, y = self._policy, self._policy.action_net.weight.new_zeros(1, self._policy.action_net.out_features)
+        if isinstance(policy.action_dist, DiagGaussianDistribution):
+            policy.action_dist.proba_distribution(y, policy.log_std)
+        else:
+            policy.action_dist.proba_distribution(action_logits=y)
 
     def renewed(self, policy: ActorCriticPolicy) -> PlainPolicy:
         """What stands for a policy in another update: itself, if it is the same policy with the same parts."""

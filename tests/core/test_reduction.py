@@ -22,6 +22,8 @@ ALLOWED = {
     "values.sum()": "whether derivatives are finite, of this process's own samples",
     "log_prob.sum()": "the same",
     "sample.values(policy).sum()": "which parameters it reaches",
+    "x.max()": "whether there is a number that large",
+    "x.min()": "whether there is one that small",
     "c.sum()": "a share of a gradient, whose total is taken",
     "log_std.sum()": "over the dimensions of an action",
     "(0 * values).nan_to_num().sum()": "zero",

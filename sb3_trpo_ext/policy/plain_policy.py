@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
+from weakref import finalize
 
 import torch
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
@@ -64,8 +66,8 @@ class PlainPolicy:
                 raise NotCoveredError("a log σ that is not one of each dimension")
         if self.actor_parameters() & self.critic_parameters():
             raise NotCoveredError("layers that actor and critic share")
-        self._networks: dict[tuple[str, int, int], Perceptron] = {}
-        self._lent = 0
+        self._networks: dict[tuple[str, int], Perceptron] = {}
+        self._returned: dict[tuple[str, int], list[Perceptron]] = {}
         self._last: Any = None
         self._leaves: dict[nn.Parameter, Tensor] = {}
 
@@ -100,9 +102,11 @@ class PlainPolicy:
             return PlainPolicy(policy)
         require_plain(policy)
         self._require_usual()
-        self._lent, self._last, self._leaves = 0, None, {}
-        if sum(network.nbytes for network in self._networks.values()) > KEPT_BYTES:
+        self._last, self._leaves = None, {}
+        kept = [*self._networks.values(), *chain.from_iterable(self._returned.values())]
+        if sum(network.nbytes for network in kept) > KEPT_BYTES:
             self._networks.clear()
+            self._returned.clear()
         return self
 
     def __reduce__(self) -> Any:
@@ -170,23 +174,32 @@ class PlainPolicy:
 
     def actor_jacobian(self, observations: PyTorchObs, params: Sequence[nn.Parameter]) -> Jacobian:
         """That of means and log σ, or of logits, at the parameters as they are; to be used in the present update."""
-        network = self._network("actor", self.features(observations), lend=True)
-        return PerceptronJacobian(network, params, log_std=self.log_std)
+        return self._jacobian("actor", self.features(observations), params, log_std=self.log_std)
 
     def critic_jacobian(self, features: Tensor, params: Sequence[nn.Parameter]) -> Jacobian:
         """That of V, ``(N,)``, likewise."""
-        return PerceptronJacobian(self._network("critic", features, lend=True), params, is_scalar=True)
+        return self._jacobian("critic", features, params, is_scalar=True)
 
-    def _network(self, name: str, x: Tensor, *, lend: bool = False) -> Perceptron:
-        """A network with given inputs: one of its own for each borrower, otherwise the same for all."""
-        self._lent += lend
-        key = name, len(x), self._lent if lend else 0
-        if key not in self._networks:
-            modules = self.actor_modules if name == "actor" else self.critic_modules
-            self._networks[key] = Perceptron(modules, torch.empty_like(x, memory_format=torch.contiguous_format))
-        network = self._networks[key]
+    def _jacobian(self, name: str, x: Tensor, params: Sequence[nn.Parameter], **options: Any) -> Jacobian:
+        """That of a network which is nobody else's, until nobody holds the Jacobian any more."""
+        returned = self._returned.setdefault((name, len(x)), [])
+        network = returned.pop() if returned else self._new_network(name, x)
         network.x.copy_(x)
-        return network
+        jacobian = PerceptronJacobian(network, params, **options)
+        finalize(jacobian, returned.append, network).atexit = False
+        return jacobian
+
+    def _network(self, name: str, x: Tensor) -> Perceptron:
+        """The network for so many rows, the same for all, with given inputs."""
+        key = name, len(x)
+        if key not in self._networks:
+            self._networks[key] = self._new_network(name, x)
+        self._networks[key].x.copy_(x)
+        return self._networks[key]
+
+    def _new_network(self, name: str, x: Tensor) -> Perceptron:
+        modules = self.actor_modules if name == "actor" else self.critic_modules
+        return Perceptron(modules, torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 class PerceptronJacobian:

@@ -665,3 +665,11 @@ def test_masked_minibatches_go_by_autograd() -> None:
     model = MaskablePPOClip("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu")
     PPOClip.learn(model, 16, use_masking=True)
     assert model.update_path == "autograd: rollout buffer MaskableRolloutBuffer"
+
+
+def test_chunks_that_are_run_in_turn_leave_few_networks() -> None:
+    model = with_rollout(make(TRPO, "box", fisher_chunk_size=2, curvature_samples=None))
+    model.train()
+    assert model.update_path == "fast"
+    returned = model._last_stand_in._returned.values()
+    assert 0 < sum(map(len, returned)) <= 8  # two at a time of actor and critic, of whole chunks and of the last

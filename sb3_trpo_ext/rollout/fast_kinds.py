@@ -84,9 +84,8 @@ class FastRecurrentRollout(FastRollout):
         assert isinstance(policy, FastRecurrentPolicy)
         names["episode_starts"] = torch.tensor(model._last_episode_starts, dtype=torch.float32)
         with torch.no_grad():
-            names["lstm_states"] = policy.remember(
-                names.get("lstm_states", model._last_lstm_states), names["episode_starts"]
-            )
+            states = names.get("lstm_states", model._last_lstm_states)
+            names["lstm_states"] = policy.remember(states, model._last_episode_starts)
         return None
 
     def _called(self, names: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

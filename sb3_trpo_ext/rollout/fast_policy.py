@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,10 +172,17 @@ class FastRecurrentPolicy(FastPolicy):
         if policy.critic is not None:
             self.critic_input, head = self.features, [policy.critic, *head]
         self._critic = Mlp(head, self.critic_input, exact=self._exact)
-        self._lstm_actor = LstmStep(policy.lstm_actor, exact=self._exact)
-        self._lstm_critic = None if policy.lstm_critic is None else LstmStep(policy.lstm_critic, exact=self._exact)
+        lstms = [policy.lstm_actor] if policy.lstm_critic is None else [policy.lstm_actor, policy.lstm_critic]
+        self._lstms = LstmStep(lstms, len(self.features), exact=self._exact)
 
-    def remember(self, states: RNNStates, starts: Tensor) -> RNNStates:
+    def is_current(self, policy: ActorCriticPolicy) -> bool:
+        """Whether it stands for a policy as that is now; σ and the LSTMs' parameters are read again."""
+        if not super().is_current(policy):
+            return False
+        self._lstms.refresh()
+        return True
+
+    def remember(self, states: RNNStates, starts: Array) -> RNNStates:
         """Let the LSTMs see what was seen; the next hidden and cell states, ``(layers, E, H)`` each.
 
         Args:
@@ -183,61 +190,108 @@ class FastRecurrentPolicy(FastPolicy):
             starts: 1 where an episode begins, whose states are zero, ``(E,)``.
         """
         if starts.any():
-            begins = starts.bool().view(1, -1, 1)
+            begins = torch.as_tensor(starts, dtype=torch.bool).view(1, -1, 1)
             pairs: Any = (tuple(torch.where(begins, 0.0, state) for state in pair) for pair in states)
             states = RNNStates(*pairs)
-        output, after = self._lstm_actor(self.features, states.pi)
-        self._latent.copy_(output)
-        if self._lstm_critic is None:
-            return RNNStates(after, after)
-        output, after_critic = self._lstm_critic(self.features, states.vf)
-        self.critic_input.copy_(output)
-        return RNNStates(after, after_critic)
+        outputs, after = self._lstms(self.features, states)
+        self._latent.copy_(outputs[0])
+        if len(outputs) > 1:
+            self.critic_input.copy_(outputs[1])
+        return RNNStates(after[0], after[-1])
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class LstmStep:
-    """One step of torch's LSTM, without the call of its module.
+    """One step of torch's LSTMs of equal shapes, without the calls of their modules.
 
-    (i, f, g, o) = x Wᵀ + h Uᵀ + b, c' = σ(f) c + σ(i) tanh g, h' = σ(o) tanh c', layer by layer.
+    (i, f, g, o) = x Wᵀ + h Uᵀ + b, c' = σ(f) c + σ(i) tanh g, h' = σ(o) tanh c', layer by layer. NumPy takes the
+    gates of all at once, and σ(z) = (1 + tanh(z/2))/2, which does not overflow.
 
     Args:
-        lstm: The module.
+        lstms: The modules.
+        n_envs: E.
         exact: Whether torch computes it, to round as it does; otherwise NumPy, which is quicker for a few rows.
+
+    Raises:
+        NotCoveredError: If their shapes differ.
     """
 
-    def __init__(self, lstm: nn.LSTM, *, exact: bool) -> None:
-        self._exact = exact
-        self._weights = [weight.detach() for weight in lstm._flat_weights if weight is not None]
-        self._bias, self._layers = lstm.bias, lstm.num_layers
-        arrays, each = [weight.numpy() for weight in self._weights], 4 if lstm.bias else 2
-        self._arrays = [arrays[start : start + each] for start in range(0, len(arrays), each)]
+    def __init__(self, lstms: Sequence[nn.LSTM], n_envs: int, *, exact: bool) -> None:
+        self._exact, self._bias, self._layers = exact, lstms[0].bias, lstms[0].num_layers
+        self._weights = [[weight.detach() for weight in lstm._flat_weights if weight is not None] for lstm in lstms]
+        if any(
+            [each.shape for each in weights] != [each.shape for each in self._weights[0]] for weights in self._weights
+        ):
+            raise NotCoveredError("LSTMs of different shapes")
+        width = lstms[0].hidden_size
+        shape = len(lstms), n_envs, 4 * width
+        self._gates, self._recurrent = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self._i, self._f, self._g, self._o = np.split(self._gates, 4, axis=2)
+        self._scale = np.full(shape, 0.5, np.float32)
+        self._offset = self._scale.copy()
+        self._scale[:, :, 2 * width : 3 * width], self._offset[:, :, 2 * width : 3 * width] = 1, 0
+        self.refresh()
 
-    def __call__(self, features: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Outputs ``(E, H)`` and the next states for features ``(E, F)``."""
+    def refresh(self) -> None:
+        """Take over the parameters as they are now."""
+        if self._exact:
+            return
+        each = 4 if self._bias else 2
+        self._by_layer = [
+            self._read([weights[start : start + each] for weights in self._weights])
+            for start in range(0, each * self._layers, each)
+        ]
+
+    def _read(self, parameters: list[list[Tensor]]) -> tuple[list[Array], list[Array], Array]:
+        """Those of a layer, as NumPy multiplies most quickly: Wᵀ and Uᵀ of each LSTM, and b of all in all rows."""
+        inputs, recurrents = ([each[place].t().contiguous().numpy() for each in parameters] for place in (0, 1))
+        bias = np.zeros_like(self._gates)
+        for row, (_, _, *biases) in zip(bias, parameters, strict=True):
+            for each in biases:
+                row += each.numpy()
+        return inputs, recurrents, bias
+
+    def __call__(self, features: Tensor, states: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Pair]]:
+        """Outputs ``(E, H)`` and next states of each LSTM, for features ``(E, F)`` and its state."""
         if not self._exact:
-            return self._by_numpy(features.numpy(), *(state.numpy() for state in states))
-        output, hidden, cell = torch.lstm(
-            features[None], states, self._weights, self._bias, self._layers, 0.0, False, False, False
-        )
-        return output[0], (hidden, cell)
+            return self._by_numpy(features.numpy(), states)
+        outputs, after = [], []
+        for weights, state in zip(self._weights, states, strict=False):
+            output, hidden, cell = torch.lstm(
+                features[None], state, weights, self._bias, self._layers, 0.0, False, False, False
+            )
+            outputs.append(output[0])
+            after.append((hidden, cell))
+        return outputs, after
 
-    def _by_numpy(self, x: Array, hidden: Array, cell: Array) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        next_hidden, next_cell = np.empty_like(hidden), np.empty_like(cell)
-        for layer, (w, u, *biases) in enumerate(self._arrays):
-            gates = x @ w.T
-            gates += hidden[layer] @ u.T
-            for bias in biases:
-                gates += bias
-            width = cell.shape[2]
-            # σ(z) = (1 + tanh(z/2))/2, which does not overflow
-            gates[:, : 2 * width] *= 0.5
-            gates[:, 3 * width :] *= 0.5
-            np.tanh(gates, out=gates)
-            i, f, g, o = (gates[:, start * width : (start + 1) * width] for start in range(4))
-            next_cell[layer] = 0.5 * ((1 + f) * cell[layer] + (1 + i) * g)
-            np.multiply(0.5 * (1 + o), np.tanh(next_cell[layer]), out=next_hidden[layer])
-            x = next_hidden[layer]
-        return torch.from_numpy(x), (torch.from_numpy(next_hidden), torch.from_numpy(next_cell))
+    def _by_numpy(self, x: Array, states: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Pair]]:
+        gates, recurrent = self._gates, self._recurrent
+        hidden, cell = ([state[part].numpy() for state in states] for part in (0, 1))
+        n_lstms, n_envs, _ = gates.shape
+        next_hidden = np.empty((n_lstms, self._layers, n_envs, self._i.shape[2]), np.float32)
+        next_cell, inputs = np.empty_like(next_hidden), [x] * n_lstms
+        for layer, (w, u, bias) in enumerate(self._by_layer):
+            h, c = next_hidden[:, layer], next_cell[:, layer]
+            for lstm in range(n_lstms):
+                np.dot(inputs[lstm], w[lstm], gates[lstm])
+                np.dot(hidden[lstm][layer], u[lstm], recurrent[lstm])
+                np.copyto(c[lstm], cell[lstm][layer])
+            np.add(gates, recurrent, gates)
+            np.add(gates, bias, gates)
+            np.multiply(gates, self._scale, gates)
+            np.tanh(gates, gates)
+            np.multiply(gates, self._scale, gates)
+            np.add(gates, self._offset, gates)
+            np.multiply(self._f, c, c)
+            np.multiply(self._i, self._g, self._g)
+            np.add(c, self._g, c)
+            np.tanh(c, h)
+            np.multiply(self._o, h, h)
+            inputs = list(h)
+        after = [tuple(map(torch.from_numpy, pair)) for pair in zip(next_hidden, next_cell, strict=True)]
+        return [torch.from_numpy(each) for each in inputs], after  # type: ignore[return-value]
 
 
 def _sampler(policy: ActorCriticPolicy, outputs: Tensor, exact: bool) -> Sampler:

@@ -29,7 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
 UPDATES: dict[str, dict[str, Any]] = {"PPOClip": {}, "PPOClip by autograd": {"fast_updates": False}}
 UPDATE_TASKS = ("CartPole-v1", "Hopper-v5")
 SEEDS = range(10)
-UPDATE_SEEDS = range(20)
+UPDATE_SEEDS = range(20, 40)
 
 
 def job_of(arm: str, env_id: str, seed: int) -> Job:

@@ -8,6 +8,8 @@ from sb3_trpo_ext.policy.distributions import Family, register_distribution
 from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext.training.communicator import WorkerError
+from sb3_trpo_ext.training.parallel import every_rank, main_only
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.2.0"
@@ -23,7 +25,10 @@ __all__ = [
     "RecurrentNPG",
     "RecurrentPPOClip",
     "RecurrentTRPO",
+    "WorkerError",
     "__version__",
+    "every_rank",
+    "main_only",
     "register_critic",
     "register_distribution",
 ]

@@ -76,10 +76,11 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         use_masking: bool = True,
     ) -> bool:
         """Collect a rollout as MaskablePPO does, and refuse one that is not finite or allows no action somewhere."""
-        completed = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
-        if completed:
-            self._check_masks(rollout_buffer)
-        return completed
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
+
+    def _check_rollout(self, buffer: RolloutBuffer) -> None:
+        super()._check_rollout(buffer)
+        self._check_masks(buffer)
 
     def _check_masks(self, buffer: RolloutBuffer) -> None:
         if not isinstance(buffer, MASKABLE_BUFFERS):

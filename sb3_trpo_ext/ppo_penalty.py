@@ -248,6 +248,9 @@ class PPOPenalty(FirstOrderAlgorithm):
         """d_targ in force."""
         return check_number("target_kl", self._current_value(self.target_kl), positive=True)
 
+    def _shared_attributes(self) -> tuple[str, ...]:
+        return (*super()._shared_attributes(), "kl_coef", "_search_factor")
+
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return *super()._checkpoints(), Attributes(self, "kl_coef", "_search_factor")
 

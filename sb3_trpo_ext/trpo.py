@@ -258,6 +258,9 @@ class TRPO(NaturalGradientAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory", "_theta_left"]
 
+    def _shared_attributes(self) -> tuple[str, ...]:
+        return (*super()._shared_attributes(), "gradient_memory", "_theta_left")
+
     def _forget(self) -> None:
         """Drop momentum and past rollouts too.
 

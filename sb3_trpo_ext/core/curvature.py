@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sb3_trpo_ext.core.parameters import flat_vjp
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
 
 Metric = Callable[[Tensor], Tensor]
 """A linear map on outputs, (N, K) -> (N, K): the Hessian M of a loss in its outputs, sample weights included."""
@@ -65,11 +66,20 @@ class GaussNewtonProduct:
         damping: λ >= 0, added to the diagonal.
         keep: Whether each is run once, now, and kept for all products; otherwise they are run and released in turn at
             each product, so memory is bounded by the largest. None keeps a single one.
+        reduction: Of whose samples the segments are a share.
     """
 
-    def __init__(self, segments: Sequence[Segment], damping: float, *, keep: bool | None = None) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        damping: float,
+        *,
+        keep: bool | None = None,
+        reduction: Reduction = ALONE,
+    ) -> None:
         self._segments = segments
         self._damping = damping
+        self._reduction = reduction
         keep = len(segments) == 1 if keep is None else keep
         self._kept = [segment() for segment in segments] if keep else None
 
@@ -78,10 +88,12 @@ class GaussNewtonProduct:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply a vector ``(P,)``."""
-        result = self._damping * vector
+        damped = self._damping * vector
+        alone = self._reduction.workers == 1
+        result = damped if alone else torch.zeros_like(vector)
         for jacobian, metric in self._parts():
             result = result + jacobian.vjp(metric(jacobian.jvp(vector)))
-        return result
+        return result if alone else damped + self._reduction.total(result)
 
     def undamped_curvature(self, vector: Tensor, damped: float) -> float:
         """vᵀ Jᵀ M J v, the curvature along a vector without its damping.
@@ -99,4 +111,4 @@ class GaussNewtonProduct:
         for jacobian, metric in self._parts():
             image = jacobian.jvp(vector)
             result = result + (image * metric(image)).sum()
-        return float(result)
+        return self._reduction.number(result)

@@ -13,11 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from sb3_trpo_ext.core.conjugate_gradient import CGResult, conjugate_gradient
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct
 from sb3_trpo_ext.core.parameters import assign
+from sb3_trpo_ext.core.reduction import ALONE, Reduction
+
+STOPS = (
+    "converged",
+    "max steps",
+    "zero right-hand side",
+    "non-positive curvature",
+    "non-finite curvature",
+)
+"""Why conjugate gradients stop; see `CGResult`."""
 
 
 class Evaluation(Protocol):
@@ -93,8 +104,11 @@ def natural_direction(
     max_steps: int,
     residual_tol: float = 1e-5,
     min_radius_used: float = 0.0,
+    reduction: Reduction = ALONE,
 ) -> Direction:
     """Solve (F + λI) x = v by conjugate gradients.
+
+    Workers solve it each for itself, and all take what the first one found: another processor rounds otherwise.
 
     Args:
         fisher: Products with F + λI.
@@ -103,6 +117,7 @@ def natural_direction(
         max_steps: Most products.
         residual_tol: Relative residual to stop at.
         min_radius_used: u of `boundary_curvature`.
+        reduction: Between the workers whose samples the problem has.
     """
     vector = problem.gradient if vector is None else vector
     cg = conjugate_gradient(fisher, vector, max_steps=max_steps, residual_tol=residual_tol)
@@ -111,7 +126,18 @@ def natural_direction(
         undamped = fisher.undamped_curvature(cg.solution, cg.curvature)
         boundary = boundary_curvature(cg.curvature, undamped, min_radius_used)
     slope = float(problem.gradient.dot(cg.solution))
-    return Direction(vector, cg.solution, slope, cg.curvature, boundary, cg)
+    found = Direction(vector, cg.solution, slope, cg.curvature, boundary, cg)
+    return found if reduction.workers == 1 else _of_first(found, reduction)
+
+
+def _of_first(found: Direction, reduction: Reduction) -> Direction:
+    """The direction that the first worker found."""
+    cg = found.cg
+    numbers = [found.slope, found.boundary_curvature, cg.curvature, cg.steps, cg.residual, STOPS.index(cg.stop)]
+    x, told = reduction.of_first([found.x, torch.tensor(numbers, dtype=torch.float64)])
+    slope, boundary, curvature, steps, residual, stop = told.tolist()
+    cg = CGResult(x, curvature, int(steps), residual, STOPS[int(stop)])
+    return Direction(found.vector, x, slope, curvature, boundary, cg)
 
 
 def boundary_scale(curvature: float, radius: float) -> float:

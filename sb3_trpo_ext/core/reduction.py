@@ -6,20 +6,26 @@ share is the whole, and nothing happens.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sb3_trpo_ext.core.parameters import flatten, unflatten
 
+FEW = 64
+"""Numbers up to which a total is the sum of what every worker tells, in the order of their ranks."""
+
 
 class Reduction:
     """Samples of one process. One for W workers overrides `workers`, `total`, `_largest` and `gather`.
 
     All workers have equally many samples of a rollout and of a minibatch, and call these methods in the same order.
+    Those that take several things at once are made of the others here; `SharedReduction` makes them one message.
     """
 
     workers = 1
+    rank = 0
 
     # Between workers.
 
@@ -34,6 +40,60 @@ class Reduction:
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all workers, ``(W · N, ...)``, one worker after the other."""
         return rows
+
+    # Several at once.
+
+    def totals(self, vectors: Sequence[Tensor], sums: Tensor, largest: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Totals of vectors of any shapes and of some numbers ``(S,)``, and the maximum of others ``(M,)``."""
+        if self.workers == 1:
+            return list(vectors), sums, largest
+        return self.gradients(vectors), self.total(sums), self._largest(largest)
+
+    def largest_of(self, here: Tensor) -> Tensor:
+        """The maximum over workers of each of some numbers ``(M,)``."""
+        return self._largest(here)
+
+    def gather_all(self, tensors: Sequence[Tensor], *, alike: bool = True) -> list[Tensor]:
+        """The rows of all workers of several tensors, one worker after the other.
+
+        Args:
+            tensors: Each with as many rows as the others.
+            alike: Whether all workers have equally many.
+        """
+        return [self.gather(tensor) for tensor in tensors]
+
+    def of_first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the first worker has of tensors that all of them have computed, for what rounds otherwise elsewhere."""
+        return list(tensors)
+
+    def moments(self, values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance over all samples, ``(..., n)`` -> ``(...)`` each, in float64.
+
+        Each worker's own moments are merged in the order of ranks (Chan, Golub and LeVeque 1979), so that nothing
+        cancels and all workers have the same bits.
+
+        Args:
+            values: This worker's.
+            weights: What a sample weighs, ``(n,)``; None for equal weights. Those of weight zero do not count.
+        """
+        wide = values.detach().double()
+        given = wide.new_ones(wide.shape[-1]) if weights is None else weights.double()
+        here = given.sum()
+        mean = (given * wide).sum(dim=-1) / here if bool(here > 0) else torch.zeros_like(wide[..., 0])
+        deviation = (given * (wide - mean[..., None]).square()).sum(dim=-1)
+        message = torch.cat([mean.flatten(), deviation.flatten(), torch.stack([here, (given > 0).sum().double()])])
+        size = mean.numel()
+        parts = self.gather(message).view(self.workers, -1)
+        mean, deviation = parts.new_zeros(size), parts.new_zeros(size)
+        weight = count = parts.new_zeros(())
+        for part in parts[parts[:, -2] > 0]:
+            together = weight + part[-2]
+            apart = part[:size] - mean
+            deviation = deviation + part[size : 2 * size] + apart.square() * (weight * part[-2] / together)
+            mean = mean + apart * (part[-2] / together)
+            weight, count = together, count + part[-1]
+        variance = deviation / weight * (count / (count - 1))
+        return mean.view(wide.shape[:-1]), variance.view(wide.shape[:-1])
 
     # Over samples.
 
@@ -78,19 +138,14 @@ class Reduction:
         """(x - mean) / (std + 1e-8) with the unbiased standard deviation, as SB3 standardises a minibatch."""
         if self.workers == 1:
             return (values - values.mean()) / (values.std() + 1e-8)
-        count = self.count(len(values))
-        centred = values - self.total(self.mean(values))
-        variance = self.total(centred.square().sum()) / (count - 1)
-        return centred / (variance.sqrt() + 1e-8)
+        return self.standardized_rows(values[None])[0]
 
     def standardized_rows(self, values: Tensor) -> Tensor:
         """The same for each row of ``(M, n)``, a minibatch of which this worker has n samples."""
         if self.workers == 1:
             return (values - values.mean(dim=1, keepdim=True)) / (values.std(dim=1, keepdim=True) + 1e-8)
-        count = self.count(values.shape[1])
-        centred = values - self.total(values.sum(dim=1, keepdim=True)) / count
-        variance = self.total(centred.square().sum(dim=1, keepdim=True)) / (count - 1)
-        return centred / (variance.sqrt() + 1e-8)
+        mean, variance = self.moments(values)
+        return ((values.double() - mean[:, None]) / (variance[:, None].sqrt() + 1e-8)).to(values.dtype)
 
     def gradients(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """The totals of gradients of any shapes, in one exchange."""
@@ -102,3 +157,118 @@ class Reduction:
 
 ALONE = Reduction()
 """That of a single process."""
+
+
+class Communicator(Protocol):
+    """Messages between W workers, each of which all of them take part in, in the same order."""
+
+    @property
+    def workers(self) -> int:
+        """W."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this process is, from 0."""
+
+    def all_reduce(self, vector: Tensor) -> Tensor:
+        """The sum over workers, the same bits for all of them, ``(n,)``."""
+
+    def all_gather(self, vector: Tensor) -> list[Tensor]:
+        """What each worker has, ``(n,)`` each."""
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """What the worker of rank 0 has, ``(n,)``."""
+
+
+class SharedReduction(Reduction):
+    """Samples of W workers.
+
+    Args:
+        communicator: Between them.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self.workers, self.rank = communicator.workers, communicator.rank
+
+    def __deepcopy__(self, memo: object) -> "SharedReduction":
+        """Itself: there is one group of processes."""
+        return self
+
+    def total(self, share: Tensor) -> Tensor:
+        """See `Reduction.total`; few numbers are added in the order of ranks."""
+        flat = share.detach().reshape(-1)
+        if flat.numel() > FEW:
+            return self._communicator.all_reduce(flat).view(share.shape)
+        return _in_order(self._communicator.all_gather(flat)).view(share.shape)
+
+    def _largest(self, here: Tensor) -> Tensor:
+        parts = self._communicator.all_gather(here.detach().reshape(-1))
+        return torch.stack(parts).amax(dim=0).view(here.shape)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See `Reduction.gather`."""
+        (gathered,) = self.gather_all([rows])
+        return gathered
+
+    def totals(self, vectors: Sequence[Tensor], sums: Tensor, largest: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """See `Reduction.totals`.
+
+        In one sum over workers: the numbers of each have a place of their own in it, where all others add zero.
+        """
+        numbers = torch.cat([sums.detach(), largest.detach()])
+        if vectors:
+            flat = flatten([vector.detach() for vector in vectors])
+            places = flat.new_zeros(self.workers, len(numbers))
+            places[self.rank] = numbers.to(flat)
+            found = self._communicator.all_reduce(torch.cat([flat, places.view(-1)]))
+            flat, places = found[: len(flat)], found[len(flat) :].view(self.workers, -1)
+        else:
+            flat, places = numbers[:0], torch.stack(self._communicator.all_gather(numbers.double()))
+        places = places.to(numbers)
+        total = _in_order(list(places[:, : len(sums)]))
+        return list(unflatten(flat, vectors)) if vectors else [], total, places[:, len(sums) :].amax(dim=0)
+
+    def gradients(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """See `Reduction.gradients`; no message where there is none."""
+        return super().gradients(shares) if shares else []
+
+    def gather_all(self, tensors: Sequence[Tensor], *, alike: bool = True) -> list[Tensor]:
+        """See `Reduction.gather_all`: the bytes of all tensors in one message, after one of their numbers of rows."""
+        rows = [len(tensors[0])] * self.workers
+        if not alike:
+            rows = torch.stack(self._communicator.all_gather(torch.tensor([len(tensors[0])]))).flatten().tolist()
+        packed = _packed(tensors)
+        row = sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
+        parts = self._communicator.all_gather(torch.cat([packed, packed.new_zeros(max(rows) * row - len(packed))]))
+        columns = [_unpacked(part, tensors, count) for part, count in zip(parts, rows, strict=True)]
+        return [torch.cat(column) for column in zip(*columns, strict=True)]
+
+    def of_first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Reduction.of_first`."""
+        return _unpacked(self._communicator.broadcast(_packed(tensors)), tensors)
+
+
+def _in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, one part after the other."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of some tensors, one after the other, where the first one is."""
+    return torch.cat(
+        [tensor.detach().to(tensors[0].device).contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    )
+
+
+def _unpacked(packed: Tensor, like: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:
+    """Tensors like some others, with so many rows if given, from their bytes; see `_packed`."""
+    found, end = [], 0
+    for tensor in like:
+        shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+        start, end = end, end + torch.Size(shape).numel() * tensor.element_size()
+        found.append(packed[start:end].clone().view(tensor.dtype).view(shape).to(tensor.device))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -66,7 +66,8 @@ class GaussNewtonCritic(Critic):
         """Take the steps; see `Critic.fit`."""
         values, size = ValueFunction(regression, by_hand=True), regression.chunk_size
         samples = regression.curvature_samples if self.curvature_samples == "auto" else self.curvature_samples
-        subset, loss = values.batch.subset(samples), 0.0
+        worth = self.cg_steps * sum(param.numel() * param.element_size() for param in values.params)
+        subset, loss = values.batch.subset(samples, worth), 0.0
         for _ in range(self.n_iterations):
             loss = self._step(ValueProblem(values, size, subset))
         return 2.0 * loss
@@ -75,7 +76,9 @@ class GaussNewtonCritic(Critic):
         """One Gauss-Newton step; returns the value loss afterwards, the same if no step lowers it."""
         if not problem.params:
             return problem.start.loss
-        direction = natural_direction(problem.curvature(self.damping), problem, max_steps=self.cg_steps)
+        direction = natural_direction(
+            problem.curvature(self.damping), problem, max_steps=self.cg_steps, reduction=problem.reduction
+        )
         test = Acceptance(TrustRegion(), problem.start, expected=direction.slope)
         step = backtrack(problem, direction, 1.0, test.rejection, shrink=0.5, max_steps=self.max_backtracks)
         return step.evaluation.loss
@@ -112,12 +115,13 @@ class ValueProblem:
         params: The parameters that may move and that V reaches.
         theta_old: Their values, ``(P,)``.
         gradient: E[(R - V) ∇V], ``(P,)``: that of minus the loss.
+        reduction: That of the samples.
     """
 
     def __init__(
         self, values: ValueFunction, chunk_size: int | None = None, curvature_batch: Batch | None = None
     ) -> None:
-        self._values, self._reduction, self._chunk_size = values, values.batch.reduction, chunk_size
+        self._values, self.reduction, self._chunk_size = values, values.batch.reduction, chunk_size
         self._chunks = values.batch.split(chunk_size)
         self._seen = values.batch if curvature_batch is None else curvature_batch
         losses = list[Tensor]()
@@ -129,15 +133,15 @@ class ValueProblem:
                 yield -loss
 
         shares = values.gradient(objectives())
-        self.start = self._summary(losses)
         self.params = list(shares)
         self.theta_old = flatten(self.params).detach()
-        self.gradient = flatten(self._reduction.gradients(list(shares.values())))
+        totals, self.start = self._summary(losses, list(shares.values()))
+        self.gradient = flatten(totals)
 
     @torch.no_grad()
     def evaluate(self) -> ValueEvaluation:
         """The loss with the parameters as they are now."""
-        return self._summary([self._loss(chunk, self._values(chunk)) for chunk in self._chunks])
+        return self._summary([self._loss(chunk, self._values(chunk)) for chunk in self._chunks])[1]
 
     def curvature(self, damping: float) -> GaussNewtonProduct:
         """Products v ↦ (E[∇V ∇Vᵀ] + λI) v at the parameters as they are now."""
@@ -147,11 +151,15 @@ class ValueProblem:
 
         chunks = self._seen.split(self._chunk_size)
         segments = [partial(segment, chunk) for chunk in chunks]
-        return GaussNewtonProduct(segments, damping, keep=fits(chunks, self._chunk_size))
+        keep = fits(chunks, self._chunk_size)
+        return GaussNewtonProduct(segments, damping, keep=keep, reduction=self._seen.reduction)
 
     @staticmethod
     def _loss(batch: Batch, values: Tensor) -> Tensor:
         return batch.mean(0.5 * (values - batch.returns).square())
 
-    def _summary(self, losses: list[Tensor]) -> ValueEvaluation:
-        return ValueEvaluation(self._reduction.number(torch.stack(losses).sum()))
+    def _summary(self, losses: list[Tensor], gradients: Sequence[Tensor] = ()) -> tuple[list[Tensor], ValueEvaluation]:
+        """Totals of gradients, and the evaluation, in one exchange."""
+        loss = torch.stack(losses).sum()[None]
+        totals, loss, _ = self.reduction.totals(gradients, loss, loss[:0])
+        return totals, ValueEvaluation(float(loss))

@@ -21,6 +21,9 @@ from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.rollout.batch import Batch, fits
 from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES, owner_of
 
+EXPECTED_PRODUCTS = 10
+"""Products with the curvature that a direction takes, each of which would move all parameters between workers."""
+
 Policy: TypeAlias = ActorCriticPolicy | PlainPolicy
 """A policy, or what stands for one of plain layers."""
 
@@ -108,7 +111,10 @@ class Comparison:
     Attributes:
         batch: The samples.
         start: The evaluation at θ_old; its divergence is exactly zero.
+        max_advantage: The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch.
     """
+
+    max_advantage: float
 
     def __init__(self, policy: Policy, batch: Batch, *, ent_coef: float = 0.0, chunk_size: int | None = None) -> None:
         self.batch = batch
@@ -118,7 +124,7 @@ class Comparison:
         self._chunks = batch.split(chunk_size)
         self._old: list[Tensor] = []
         self._kl_is_sampled = False
-        self.start = self._summary(self._first_look())
+        self.start = self._first_look()
         if self._kl_is_sampled:
             _require_differentiable(policy, self._chunks[0][:1])
 
@@ -126,11 +132,6 @@ class Comparison:
     def old_z(self) -> Tensor:
         """The coordinates of π_old at the samples, ``(N, K)``."""
         return self.batch.in_order(self._old, self._chunk_size)
-
-    @property
-    def max_advantage(self) -> float:
-        """The ε of the penalty C = 4εγ/(1-γ)²: max |Â| over the batch."""
-        return float(self.batch.reduction.largest(self.batch.advantages.abs()))
 
     @torch.no_grad()
     def evaluate(self) -> PolicyEvaluation:
@@ -150,9 +151,21 @@ class Comparison:
         return self._summary(shares)
 
     @torch.no_grad()
-    def _first_look(self) -> list[Tensor]:
-        """What each chunk has a share of, at θ_old."""
-        return [shares for _, shares in self._visit()]
+    def _first_look(self) -> PolicyEvaluation:
+        """Evaluate at θ_old, and note what else is to be known there."""
+        return self._told_at_start([shares for _, shares in self._visit()], [])[1]
+
+    def _told_at_start(
+        self, shares: list[Tensor], gradients: Sequence[Tensor]
+    ) -> tuple[list[Tensor], PolicyEvaluation]:
+        """Totals of gradients and the evaluation at θ_old, and `max_advantage`, in one exchange."""
+        reduction = self.batch.reduction
+        advantage = reduction.largest_share(self.batch.advantages.abs())
+        columns = torch.stack(shares)
+        largest = torch.stack([reduction.largest_share(columns[:, 3]), advantage.to(columns)])
+        totals, sums, largest = reduction.totals(gradients, columns[:, :3].sum(dim=0), largest)
+        self.max_advantage = float(largest[1])
+        return totals, self._evaluation(sums, largest[0])
 
     def _visit(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the chunks at θ_old: each one's π_old, which is noted, share of L with its graph, and shares of all."""
@@ -172,10 +185,14 @@ class Comparison:
         )
 
     def _summary(self, shares: list[Tensor]) -> PolicyEvaluation:
-        reduction, columns = self.batch.reduction, torch.stack(shares)
-        objective, entropy, divergence = reduction.total(columns[:, :3].sum(dim=0)).tolist()
-        kl_max = float(reduction.largest(columns[:, 3]))
-        return PolicyEvaluation(objective, divergence, kl_max, entropy, self._kl_is_sampled)
+        columns = torch.stack(shares)
+        reduction = self.batch.reduction
+        _, sums, largest = reduction.totals([], columns[:, :3].sum(dim=0), reduction.largest_share(columns[:, 3])[None])
+        return self._evaluation(sums, largest[0])
+
+    def _evaluation(self, sums: Tensor, kl_max: Tensor) -> PolicyEvaluation:
+        objective, entropy, divergence = sums.tolist()
+        return PolicyEvaluation(objective, divergence, float(kl_max), entropy, self._kl_is_sampled)
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """A chunk's shares of L and of the entropy."""
@@ -219,7 +236,8 @@ class PolicyProblem(Comparison):
         chunk_size: int | None = None,
         curvature_samples: int | None = None,
     ) -> None:
-        self._curvature_batch = batch.subset(curvature_samples)
+        size = sum(param.numel() * param.element_size() for param in trainable(policy))
+        self._curvature_batch = batch.subset(curvature_samples, worth=EXPECTED_PRODUCTS * size)
         super().__init__(policy, batch, ent_coef=ent_coef, chunk_size=chunk_size)
         self.params = list(self.gradients)
         self.theta_old, self.gradient = flatten(self.params).detach(), flatten(list(self.gradients.values()))
@@ -228,14 +246,15 @@ class PolicyProblem(Comparison):
         """Products v ↦ (F + λI) v, made while the parameters are θ_old, with graphs that last until they move."""
         chunks = self._curvature_batch.split(self._chunk_size)
         segments = [partial(self._segment, chunk) for chunk in chunks]
-        return GaussNewtonProduct(segments, damping, keep=fits(chunks, self._chunk_size))
+        reduction = self._curvature_batch.reduction
+        return GaussNewtonProduct(segments, damping, keep=fits(chunks, self._chunk_size), reduction=reduction)
 
     def _segment(self, chunk: Batch) -> tuple[Jacobian, Metric]:
         output = PolicyOutput.of(self._policy, chunk)
         frozen, weights = output.z.detach(), chunk.weights.unsqueeze(1)
         return output.jacobian(self.params), lambda v: weights * output.family.metric(frozen, v)
 
-    def _first_look(self) -> list[Tensor]:
+    def _first_look(self) -> PolicyEvaluation:
         visited: list[Tensor] = []
 
         def objectives() -> Iterator[Tensor]:
@@ -245,9 +264,9 @@ class PolicyProblem(Comparison):
 
         by_hand = self._policy.gradient if isinstance(self._policy, PlainPolicy) else None
         shares = by_hand(objectives()) if by_hand else gradient(objectives(), trainable(self._policy))
-        totals = self.batch.reduction.gradients(list(shares.values()))
+        totals, evaluation = self._told_at_start(visited, list(shares.values()))
         self.gradients = dict(zip(shares, totals, strict=True))
-        return visited
+        return evaluation
 
 
 def _require_differentiable(policy: Any, sample: Batch) -> None:

@@ -35,14 +35,15 @@ def without_noise(batch: Batch, buffer: RolloutBuffer) -> Batch:
         batch: Samples, those of the buffer at least.
         buffer: The rollout that they come from.
     """
-    advantages = batch.advantages[batch.weights > 0]
-    largest, smallest = batch.reduction.largest, batch.reduction.smallest
-    bounds = [largest(advantages), smallest(advantages), largest(batch.old_values.abs())]
-    most, least, value = torch.stack(bounds).tolist()
+    advantages, largest = batch.advantages[batch.weights > 0], batch.reduction.largest_share
+    bounds = [largest(advantages), largest(-advantages), largest(batch.old_values.abs())]
+    steps = torch.tensor(longest_recursion(buffer)).to(bounds[0])
+    most, least, value, longest = batch.reduction.largest_of(torch.stack([*bounds, steps])).tolist()
+    least = -least
     spread, magnitude = most - least, max(abs(most), abs(least)) + value
     rounding = rounding_of_advantages(
         magnitude,
-        int(batch.reduction.largest(torch.tensor(longest_recursion(buffer)))),
+        int(longest),
         decay=buffer.gamma * buffer.gae_lambda,
         eps=torch.finfo(advantages.dtype).eps,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class Batch:
     old_z: Tensor | None = None
     reduction: Reduction = ALONE
 
+    is_drawn_evenly: ClassVar[bool] = True
+    """Whether `_drawn` draws as many samples as it is asked for, by every worker the same."""
+
     def __len__(self) -> int:
         return len(self.weights)
 
@@ -66,10 +69,13 @@ class Batch:
         return replace(batches[0], **columns)
 
     def gathered(self) -> Batch:
-        """The samples of all workers."""
+        """The samples of all workers, which each of them then has whole."""
         if self.reduction.workers == 1:
             return self
-        return type(self)(**self.rows(self.reduction.gather))
+        columns: list[Tensor] = []
+        self.rows(lambda column: columns.append(column) or column)  # type: ignore[func-returns-value]
+        whole = iter(self.reduction.gather_all(columns, alike=self.is_drawn_evenly))
+        return type(self)(**self.rows(lambda column: next(whole)))
 
     @property
     def places(self) -> int:
@@ -107,15 +113,32 @@ class Batch:
         """Rows of the parts of ``split(size)`` -> rows of the batch, ``(N, ...)``."""
         return torch.cat(list(rows))
 
-    def subset(self, size: int | None) -> Batch:
-        """At most ``size`` samples of all workers, drawn without replacement by each from its own, and gathered.
+    def subset(self, size: int | None, worth: float = math.inf) -> Batch:
+        """At most ``size`` samples of all workers, drawn without replacement by each from its own.
 
-        NumPy's global generator draws, the one from which SB3's rollout buffers draw their minibatches; nothing is
-        drawn if the batch is no larger than ``size``, or that is None.
+        They are gathered, so that each worker has them whole and `reduction` is that of one process, unless they take
+        more bytes than ``worth``; then each keeps its own. NumPy's global generator draws, the one from which SB3's
+        rollout buffers draw their minibatches; nothing is drawn if the batch is no larger than ``size``, or that is
+        None.
+
+        Args:
+            size: Most samples; None for all.
+            worth: Bytes that to gather them is worth.
         """
-        here = len(self) if size is None else -(-size // self.reduction.workers)
+        workers = self.reduction.workers
+        here = len(self) if size is None else -(-size // workers)
         part = self if here >= len(self) else self._drawn(here)
-        return self if part is self and self.reduction.workers == 1 else part.gathered().reweighted()
+        if workers == 1:
+            return self if part is self else part.reweighted()
+        if workers * min(here, len(self)) * self._row_bytes() > worth:  # the same for all workers
+            return self if part is self else part.reweighted()
+        return part.gathered().reweighted()
+
+    def _row_bytes(self) -> int:
+        """Bytes of one sample."""
+        sizes: list[int] = []
+        self.rows(lambda column: sizes.append(column.shape[1:].numel() * column.element_size()) or column)  # type: ignore[func-returns-value]
+        return sum(sizes)
 
     def _drawn(self, size: int) -> Batch:
         """So many samples, in order."""
@@ -123,7 +146,7 @@ class Batch:
 
     def reweighted(self) -> Batch:
         """The same samples with weights that sum to one."""
-        return replace(self, weights=self.weights / self.weights.sum())
+        return replace(self, weights=self.weights / self.reduction.total(self.weights.sum()))
 
     def distribution(self, policy: Any) -> Distribution:
         """π(·|s), of which `unpadded` rows are the samples' own.
@@ -158,6 +181,10 @@ class Batch:
 
     def with_normalized_advantages(self) -> Batch:
         """(Â - mean) / std over the samples of positive weight, with the unbiased standard deviation."""
+        if self.reduction.workers > 1:
+            mean, variance = self.reduction.moments(self.advantages, self.weights)
+            advantages = (self.advantages.double() - mean) / (variance.sqrt() + 1e-8)
+            return replace(self, advantages=advantages.to(self.advantages.dtype))
         total = self.reduction.total
         centred = self.advantages - total(self.mean(self.advantages))
         centred = centred - total(self.mean(centred))  # what rounding left of a mean that is large beside the rest
@@ -177,7 +204,7 @@ def fits(chunks: Sequence[Batch], size: int | None) -> bool:
 
 def _columns(batch: Batch) -> list[str]:
     """The fields of a batch that have a row for each sample."""
-    return [name for name in batch.__dataclass_fields__ if name != "reduction"]
+    return [field.name for field in fields(batch) if field.name != "reduction"]
 
 
 def _map(column: Any, change: Callable[[Tensor], Tensor]) -> Any:

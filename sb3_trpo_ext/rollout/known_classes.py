@@ -31,7 +31,12 @@ def owner_of(wrapper: Any, name: str, known: Iterable[type]) -> Any | None:
     return getattr(method, "__self__", None)
 
 
-KNOWN_MODULES = ("stable_baselines3.common.callbacks", "sb3_contrib.common.maskable.callbacks", "rl_zoo3.callbacks")
+KNOWN_MODULES = (
+    "stable_baselines3.common.callbacks",
+    "sb3_contrib.common.maskable.callbacks",
+    "rl_zoo3.callbacks",
+    "sb3_trpo_ext.training.parallel",
+)
 """Where the callbacks are defined that neither look at values and log-probabilities nor change the policy."""
 
 

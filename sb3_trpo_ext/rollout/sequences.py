@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class SequenceBatch(Batch):
     starts: Tensor
     resets: Tensor
     states: tuple[Tensor, ...]
+
+    is_drawn_evenly: ClassVar[bool] = False
 
     def __getitem__(self, index: slice | Tensor) -> SequenceBatch:
         """A part of the batch; a sequence that it cuts goes on in the part from the hidden state of the rollout."""

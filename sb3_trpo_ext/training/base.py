@@ -29,7 +29,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.arguments import check_finite, check_integer, check_schedule
 from sb3_trpo_ext.core.parameters import gradient, trainable
-from sb3_trpo_ext.core.reduction import ALONE, Reduction
 from sb3_trpo_ext.policy.evaluation import UNVALIDATED, consistent_evaluation
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.signal import CURES
@@ -42,6 +41,7 @@ from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_r
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.rollout.known_classes import looks
 from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
+from sb3_trpo_ext.training.parallel import ParallelAlgorithm
 from sb3_trpo_ext.training.transaction import (
     Atomic,
     Attributes,
@@ -51,7 +51,9 @@ from sb3_trpo_ext.training.transaction import (
     StateCheckpoint,
 )
 
-PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, "fast_rollouts", "fast_updates"} - {
+OURS = {"fast_rollouts", "fast_updates", "distributed"}
+
+PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, *OURS} - {
     "monitor_wrapper",
     "supported_action_spaces",
     "_init_setup_model",
@@ -84,7 +86,7 @@ class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
-class TrustRegionAlgorithm(OnPolicyAlgorithm):
+class TrustRegionAlgorithm(ParallelAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
     A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy
@@ -96,9 +98,6 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         policy_changes_in_rollouts: Whether something else than a callback changes the policy while a rollout is
             collected, which fast rollouts then expect at every step. They notice it by themselves, one rollout late.
     """
-
-    reduction: Reduction = ALONE
-    """How what samples say becomes a number, for a model whose samples are spread over workers."""
 
     refused_arguments: ClassVar[Mapping[str, str]] = {}
     """What a user of a neighbouring algorithm may pass, and what to use instead."""
@@ -139,6 +138,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         """Check the arguments, then build; `load` comes through here too."""
+        self._join_workers()
         self._check_arguments()
         self._checked_size = self._rollout_size()
         self.learning_rate = plain(self.learning_rate)
@@ -235,6 +235,14 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 gradients passes. If a parameter or σ of the policy is not finite, or σ is zero, the message names
                 that instead. Also if ``n_steps`` or ``batch_size`` has become impossible.
         """
+        return self._as_one_rollout(
+            lambda: self._collect_checked(env, callback, rollout_buffer, n_rollout_steps, *args)
+        )
+
+    def _collect_checked(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
+    ) -> bool:
+        """See `collect_rollouts`; of one worker."""
         start = time.perf_counter()
         if self._rollout_size() != self._checked_size:
             self._check_arguments()
@@ -256,7 +264,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
                 raise
             if completed:
                 try:
-                    check_rollout(rollout_buffer, self._last_obs, lambda: self._learns_from(rollout_buffer))
+                    self._check_rollout(rollout_buffer)
                 except ValueError:
                     check_policy(self.policy)  # which may be what made all the rest not finite
                     raise
@@ -265,6 +273,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             raise
         self.logger.record("time/rollout_s", time.perf_counter() - start)
         return completed
+
+    def _check_rollout(self, buffer: RolloutBuffer) -> None:
+        """Raise `ValueError` if a rollout must not be learnt from."""
+        check_rollout(buffer, self._last_obs, lambda: self._learns_from(buffer))
 
     def _steps_of_rollout(self, asked: int) -> int:
         """Steps of each environment in the next rollout, of which SB3's ``learn`` asks for ``n_steps``."""
@@ -327,15 +339,16 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             RuntimeError: See `train`.
         """
         check_trainable(self.policy)
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name or type(self).__name__,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-            **kwargs,
-        )
+        with self._learning():
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name or type(self).__name__,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+                **kwargs,
+            )
 
     def train(self) -> None:
         """Update policy and critic from the rollout buffer, as one transaction.
@@ -347,7 +360,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             RuntimeError: If the buffer is not full, or the policy was made within ``torch.inference_mode``: such
                 parameters have no gradients.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), self._together():
             self._train()
 
     def _train(self) -> None:
@@ -361,9 +374,10 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
             with Atomic(*states), Atomic(*states):
                 self._begin_update()
                 self._update_learning_rate(self.policy.optimizer)
-                self._plain_policy = self._stand_in()
+                self._plain_policy = self._stand_in_of_all()
                 with UNVALIDATED.used(), quiet(), one_thread() if self._plain_policy else nullcontext():
                     finished = self._update()
+                self._share_buffers()
                 self._check_outcome(finished.record, states)
                 outcome = finished  # what was undone is not logged as done
         except UpdateRejectedError as rejection:
@@ -394,7 +408,7 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
         return stand_in
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "reduction", "_last_stand_in"]
+        return [*super()._excluded_save_params(), "_last_stand_in"]
 
     def _after_rejection(self, rejection: UpdateRejectedError) -> None:
         """Prepare the next update after one that was undone."""
@@ -419,11 +433,9 @@ class TrustRegionAlgorithm(OnPolicyAlgorithm):
     def _log(self, record: dict[str, float]) -> None:
         buffer = self.rollout_buffer
         # In the order of SB3, one environment after the other, for the same rounding.
-        values, returns = (
-            self.reduction.gather(torch.as_tensor(by_time(buffer, array).T.flatten())).numpy()
-            for array in (buffer.values, buffer.returns)
-        )
-        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        values, returns = (by_time(buffer, array).T.flatten() for array in (buffer.values, buffer.returns))
+        explained = explained_variance if self.reduction.workers == 1 else self._explained_variance_of_all
+        self.logger.record("train/explained_variance", explained(values, returns))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

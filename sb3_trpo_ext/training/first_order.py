@@ -21,6 +21,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend, gradient_norm
 from sb3_trpo_ext.core.parameters import gradient, trainable
+from sb3_trpo_ext.core.reduction import ALONE
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
@@ -81,23 +82,30 @@ class RecomputedComparison:
 
     def __init__(self, policy: ActorCriticPolicy, batch: Batch, chunk_size: int) -> None:
         self._policy = policy
+        self._reduction = batch.reduction
         self._chunks = batch.split(chunk_size)
         self._old = PolicyCheckpoint(policy)
 
     def evaluate(self) -> PolicyEvaluation:
         """Evaluate the policy with the parameters it has now, chunk by chunk beside those at θ_old."""
         now, shares = PolicyCheckpoint(self._policy), []
-        for chunk in self._chunks:
+        for chunk in self._chunks:  # of which another worker may have more
             self._old.restore()
-            comparison = Comparison(self._policy, chunk)
+            comparison = Comparison(self._policy, replace(chunk, reduction=ALONE))
             now.restore()
             shares.append(comparison.evaluate())
-        return PolicyEvaluation(
-            objective=sum(share.objective for share in shares),
-            divergence=sum(share.divergence for share in shares),
-            kl_max=float(np.max([share.kl_max for share in shares])),
-            entropy=sum(share.entropy for share in shares),
-        )
+        if self._reduction.workers == 1:
+            return PolicyEvaluation(
+                objective=sum(share.objective for share in shares),
+                divergence=sum(share.divergence for share in shares),
+                kl_max=float(np.max([share.kl_max for share in shares])),
+                entropy=sum(share.entropy for share in shares),
+            )
+        columns = torch.tensor([[share.objective, share.divergence, share.entropy, share.kl_max] for share in shares])
+        largest = self._reduction.largest_share(columns[:, 3])[None]
+        _, sums, largest = self._reduction.totals([], columns[:, :3].sum(dim=0), largest)
+        objective, divergence, entropy = sums.tolist()
+        return PolicyEvaluation(objective, divergence, float(largest), entropy)
 
 
 class AutogradSteps:
@@ -122,10 +130,26 @@ class AutogradSteps:
 
     def look_at(self, part: Batch) -> list[float]:
         """Run the policy on a minibatch; what is logged of it."""
+        if self._model.reduction.workers > 1:
+            return self._look_together(part)
         actor_loss, critic_loss, record = self._model.loss_on(part)
         self._loss = actor_loss + critic_loss
-        means: list[float] = self._model.reduction.total(torch.stack(list(record.values()))).tolist()
+        means: list[float] = torch.stack(list(record.values())).tolist()
         return means
+
+    def _look_together(self, part: Batch) -> list[float]:
+        """The same, of workers' shares; where the policy of one of them has diverged, all of them say so."""
+        reduction, shares, diverged = self._model.reduction, torch.zeros(6), torch.zeros(1)
+        try:
+            actor_loss, critic_loss, record = self._model.loss_on(part)
+            self._loss, shares = actor_loss + critic_loss, torch.stack(list(record.values()))
+        except PolicyDivergedError:
+            diverged += 1.0
+        _, means, diverged = reduction.totals([], shares, diverged.to(shares))
+        if bool(diverged):
+            raise PolicyDivergedError(NOT_A_DISTRIBUTION)
+        numbers: list[float] = means.tolist()
+        return numbers
 
     def descend(self, max_norm: float) -> bool:
         """Step along the gradient at the minibatch just looked at; False, and nothing has moved, if not finite."""
@@ -210,11 +234,12 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                 )
         elif self.clip_range_vf is not None:
             check_schedule("clip_range_vf", self.clip_range_vf, hint="Pass None to switch value clipping off.")
+        self._check_minibatch_share()
         if self.max_kl is not None:
             check_number("max_kl", self.max_kl, positive=True, hint="Pass None for no bound.")
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
-            check_minibatches(self.n_steps, self.n_envs, self.batch_size)
+            check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
 
     @abstractmethod
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,12 +399,13 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         if self._plain_policy is not None:
             order = order_of_epoch(self.rollout_buffer)
             seen = replace(batch, observations=self._features(batch))[order]
-            parts = Minibatch.of_epoch(seen, self.batch_size, standardize=self.normalize_advantage)
-            for minibatch, rows in zip(parts, order.split(self.batch_size), strict=True):
+            size = self._minibatch_share()
+            parts = Minibatch.of_epoch(seen, size, standardize=self.normalize_advantage)
+            for minibatch, rows in zip(parts, order.split(size), strict=True):
                 yield minibatch, partial(batch.__getitem__, rows)
             return
         silent = not has_signal(batch)
-        for part in minibatches(self.rollout_buffer, batch, self.batch_size, self.action_space):
+        for part in minibatches(self.rollout_buffer, batch, self._minibatch_share(), self.action_space):
             if silent:  # a buffer of another kind deals out its own advantages
                 part = replace(part, advantages=torch.zeros_like(part.advantages))
             yield part, partial(replace, part)
@@ -407,14 +433,23 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             raise PolicyDivergedError(NOT_A_DISTRIBUTION) from error
 
     def _rejection(self, part: Batch) -> UpdateRejectedError:
-        """Why a minibatch's gradient is not finite."""
+        """Why a minibatch's gradient is not finite, the same for all workers."""
         reason = "the gradient of the loss is not finite"
-        actor_loss, _, _ = self.loss_on(part)
-        if not bool(PolicyOutput.after_evaluation(self.policy, part).z.isfinite().all()):
+        diverged, infinite = self.reduction.largest_of(torch.tensor(self._blame(part))).tolist()
+        if diverged:
             return PolicyDivergedError(NOT_A_DISTRIBUTION)
+        return PolicyDivergedError(reason) if infinite else UpdateRejectedError(reason)
+
+    def _blame(self, part: Batch) -> tuple[float, float]:
+        """Whether on this worker's samples the distribution, and the actor's part of the gradient, is not finite."""
+        try:
+            actor_loss, _, _ = self.loss_on(part)
+        except PolicyDivergedError:
+            return 1.0, 1.0
+        if not bool(PolicyOutput.after_evaluation(self.policy, part).z.isfinite().all()):
+            return 1.0, 1.0
         found = gradient([actor_loss], trainable(self.policy))
-        finite = not found or math.isfinite(gradient_norm(list(found.values())))
-        return UpdateRejectedError(reason) if finite else PolicyDivergedError(reason)
+        return 0.0, float(bool(found) and not math.isfinite(gradient_norm(list(found.values()))))
 
     def _check_outcome(self, record: dict[str, float], before: Sequence[Restorable]) -> None:
         try:
@@ -433,7 +468,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         values, log_prob, entropy = part.evaluate_actions(self.policy)
 
         advantages = part.advantages
-        if self.normalize_advantage and len(advantages) > 1:
+        if self.normalize_advantage and part.reduction.count(len(advantages)) > 1:
             advantages = part.reduction.standardized(advantages)
         log_ratio = log_prob - part.old_log_prob
         ratio = torch.exp(log_ratio)

@@ -300,7 +300,11 @@ class MinibatchSteps:
         np.negative(entropy, out=rows[4])
         sums = np.add.reduce(rows, axis=1)
         if self._reduction.workers > 1:
-            sums = self._reduction.total(torch.from_numpy(sums)).numpy()
+            self._pull_back()
+            (self._gradient,), total_sums, _ = self._reduction.totals(
+                [self._descent.gradient], torch.from_numpy(sums), torch.empty(0)
+            )
+            sums = total_sums.numpy()
         means: list[float] = (sums / self._reduction.count(len(ratio))).tolist()
         total = means[2] + loss.entropy_weight * means[4] if loss.entropy_weight else means[2]
         return [*means, total + loss.value_weight * means[3] if loss.value_weight else total]
@@ -311,6 +315,19 @@ class MinibatchSteps:
         Returns:
             False, and nothing has moved, if the norm is not finite.
         """
+        if self._reduction.workers == 1:
+            self._pull_back()
+            self._gradient = self._descent.gradient
+        gradient = self._gradient
+        norm = math.sqrt(gradient.dot(gradient))
+        if not math.isfinite(norm):
+            return False
+        torch.mul(gradient, min(max_norm / (norm + 1e-6), 1.0), out=self._descent.gradient)
+        self._descent.step()
+        return True
+
+    def _pull_back(self) -> None:
+        """Write this worker's share of the gradient at the minibatch just looked at."""
         networks, loss, share = self._current, self._loss, 1.0 / self._reduction.count(len(self._slope))
         networks.head.pullback(
             self._slope * share,
@@ -324,13 +341,6 @@ class MinibatchSteps:
             slope = (2 * loss.value_weight * share) * self._error
             networks.value_slopes[:] = slope * self._stays if loss.value_bound is not None else slope
             networks.critic.pullback()
-        gradient = self._reduction.total(self._descent.gradient)
-        norm = math.sqrt(gradient.dot(gradient))
-        if not math.isfinite(norm):
-            return False
-        torch.mul(gradient, min(max_norm / (norm + 1e-6), 1.0), out=self._descent.gradient)
-        self._descent.step()
-        return True
 
     def _networks_for(self, rows: int) -> _Networks:
         if rows not in self._networks:
@@ -374,7 +384,8 @@ class Minibatch:
         if standardize:
             whole = len(advantages) // size * size
             parts = [advantages[:whole].view(-1, size), advantages[None, whole:]]
-            rows = [batch.reduction.standardized_rows(part) if part.shape[1] > 1 else part for part in parts]
+            count = batch.reduction.count
+            rows = [batch.reduction.standardized_rows(part) if count(part.shape[1]) > 1 else part for part in parts]
             advantages = torch.cat([part.flatten() for part in rows])
         assert isinstance(batch.observations, torch.Tensor)  # features
         columns = (batch.observations, batch.actions, batch.old_log_prob, advantages, batch.returns, batch.old_values)

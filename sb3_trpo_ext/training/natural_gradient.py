@@ -21,7 +21,7 @@ from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_sta
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
-from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, without_noise
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
@@ -135,6 +135,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 self.fisher_chunk_size,
                 hint="Pass 'auto' to keep within the memory budget, or None for no chunks.",
             )
+        if self._critic_kind() == "adam":
+            self._check_minibatch_share()
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
             if self.sub_sampling_factor > self.n_steps * self.n_envs:
@@ -143,7 +145,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                     f"{self.sub_sampling_factor}."
                 )
             if self._critic_kind() == "adam":
-                check_minibatches(self.n_steps, self.n_envs, self.batch_size)
+                check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
 
     def _critic_kind(self) -> str | type[Critic]:
         """What ``critic="auto"`` stands for here, or ``critic`` itself."""
@@ -209,7 +211,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """The step of the policy, or why there is nothing for one to follow."""
         if not problem.params:
             return Step(problem.start, reason=NO_PARAMETER)
-        if not has_signal(problem.batch) and not self.entropy_weight():
+        if not problem.max_advantage and not self.entropy_weight():
             return Step(problem.start, reason=NO_SIGNAL)
         if not bool(problem.gradient.isfinite().all()):
             return Step(problem.start, reason="the gradient of the surrogate is not finite")
@@ -229,6 +231,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             max_steps=self.cg_max_steps,
             residual_tol=self.cg_residual_tol,
             min_radius_used=self._min_radius_used(),
+            reduction=self.reduction,
         )
 
     @staticmethod
@@ -253,7 +256,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """What the critic is to fit."""
 
         def epoch(samples: Batch) -> Iterator[Batch]:
-            return minibatches(self.rollout_buffer, samples, self.batch_size, self.action_space)
+            return minibatches(self.rollout_buffer, samples, self._minibatch_share(), self.action_space)
 
         return Regression(
             policy=self.policy,

@@ -219,8 +219,6 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def model_on(n_envs: int, form: str, action: str) -> Any:
     algorithm, options = FORMS[form]
-    if "batch_size" in options:  # of each worker
-        options = {**options, "batch_size": options["batch_size"] * n_envs // 2}
     envs = DummyVecEnv([lambda: RandomEnv(OBSERVATION_SPACES["vector"], ACTION_SPACES[action])] * n_envs)
     return in_float64(with_rollout(algorithm("MlpPolicy", envs, n_steps=32, seed=0, device="cpu", **options)))
 

@@ -1,0 +1,639 @@
+"""Data-parallel training: what a model does differently where its process is one of several that torchrun started.
+
+Each process runs the script as it is, with environments of its own. From ``learn`` on all of them train one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import math
+import os
+import pathlib
+import random
+import re
+import sys
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import sb3_contrib
+import stable_baselines3
+import torch
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    ConvertCallback,
+    EventCallback,
+    EveryNTimesteps,
+)
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
+
+from sb3_trpo_ext.core.arguments import values_of
+from sb3_trpo_ext.core.reduction import ALONE, Reduction, SharedReduction
+from sb3_trpo_ext.training.communicator import ProcessGroup, has_own_gpu, launched
+
+BASES = (BaseCallback, EventCallback, CallbackList, ConvertCallback)
+"""Classes of callbacks that say nothing of what a callback does."""
+
+OF_THE_FIRST = ("stable_baselines3", "sb3_contrib", "rl_zoo3")
+"""Packages whose callbacks evaluate, save, show progress or stop, which is to be done once."""
+
+OWN_TO_A_WORKER = {"policy", "env", "verbose", "tensorboard_log", "seed", "device", "kl_coef", "_init_setup_model"}
+"""Constructor arguments in which workers may differ, or of which the first worker's value is taken over by all."""
+
+CallbackT = TypeVar("CallbackT", bound=BaseCallback)
+
+
+class ParallelAlgorithm(OnPolicyAlgorithm):
+    """An algorithm of SB3 that is one of W workers where torchrun started its process, and as it is otherwise.
+
+    Args:
+        policy: As in SB3.
+        env: As in SB3.
+        distributed: Whether to train together with the other processes that ``torchrun`` started, if it did.
+        **kwargs: As in SB3.
+    """
+
+    reduction: Reduction = ALONE
+    """How what samples say becomes a number, for a model whose samples are spread over workers."""
+
+    def __init__(
+        self, policy: str | type[ActorCriticPolicy], env: GymEnv | str, *, distributed: bool = True, **kwargs: Any
+    ) -> None:
+        found = launched() if distributed else None
+        if found is not None and found[1] > 1:
+            if found[0]:
+                kwargs["verbose"] = 0
+            if str(kwargs.get("device", "auto")) in ("auto", "cuda") and has_own_gpu():
+                kwargs["device"] = f"cuda:{os.environ.get('LOCAL_RANK', found[0])}"
+        super().__init__(policy, env, **kwargs)
+        self.distributed = distributed
+        self._processes: ProcessGroup | None = None
+        self._session: Session | None = None
+
+    def _join_workers(self) -> None:
+        """Become one of the workers, if there are others."""
+        if not isinstance(self.distributed, bool):
+            raise ValueError(f"`distributed` must be True or False, got {self.distributed!r}.")
+        processes = ProcessGroup.of_this_process() if self.distributed else None
+        self._processes = processes if processes is not None and processes.workers > 1 else None
+        self._session = None
+        if self._processes is None:
+            vars(self).pop("reduction", None)
+            return
+        self.reduction = SharedReduction(self._processes)
+        if self._processes.rank:
+            self.verbose, self.tensorboard_log = 0, None
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._part_random_streams()
+
+    def _minibatch_share(self) -> int:
+        """Samples of this worker in a minibatch."""
+        return self.batch_size // self.reduction.workers  # type: ignore[attr-defined]
+
+    def _check_minibatch_share(self) -> None:
+        """Raise `ValueError` if a minibatch cannot be shared out."""
+        workers, size = self.reduction.workers, self.batch_size  # type: ignore[attr-defined]
+        if size % workers:
+            raise ValueError(
+                f"`batch_size` is the size of a minibatch of all workers together and must be a multiple of their "
+                f"number, {workers}, got {size}. Pass {max(size // workers, 1) * workers}, or another number of "
+                "workers."
+            )
+
+    # Random numbers.
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed all generators; those of worker r > 0 otherwise than the first one's, and environment i as r·E + i."""
+        super().set_random_seed(seed)
+        rank = self.reduction.rank
+        if seed is None or not rank:
+            return
+        self.action_space.seed(seed + rank)
+        if self.env is not None:
+            self.env.seed(seed + rank * self.env.num_envs)
+        if hasattr(self, "policy"):  # otherwise when it was made, the same by all
+            self._part_random_streams()
+
+    def _part_random_streams(self) -> None:
+        """Let the generators of workers r > 0 go on as others would, and the first one's as that of one process."""
+        rank = self.reduction.rank
+        if not rank:
+            return
+        drawn = [int(torch.randint(2**31, ())), int(np.random.randint(2**31)), random.getrandbits(31)]
+        for_torch, for_numpy, for_python = (
+            int(state) for state in np.random.SeedSequence([*drawn, rank]).generate_state(3)
+        )
+        torch.manual_seed(for_torch)
+        np.random.seed(for_numpy)
+        random.seed(for_python)
+        if self.use_sde:
+            self.policy.reset_noise(self.n_envs)
+
+    # Learning.
+
+    def _together(self) -> AbstractContextManager[None]:
+        """What all workers do or none; see `ProcessGroup.together`."""
+        return nullcontext() if self._processes is None else self._processes.together()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        processes = self._processes
+        if processes is None:
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._session = session = Session(self, processes)
+        session.agree(total_timesteps, reset_num_timesteps)
+        found = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar and not processes.rank
+        )
+        session.compare_first_observations()
+        return found
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if self._processes is not None:
+            callback = CountingCallback(callback_of(callback, self._processes.rank), self._processes.workers)
+        return super()._init_callback(callback, progress_bar)
+
+    def _as_one_rollout(self, collect: Callable[[], bool]) -> bool:
+        """Collect a rollout, and tell the other workers of it; whether all of them have a whole one."""
+        session = self._session
+        if session is None:
+            return collect()
+        session.begin_rollout()
+        return session.end_rollout(collect())
+
+    def _shared_attributes(self) -> tuple[str, ...]:
+        """Numbers beside the policy that are the same for all workers, and are told by the first one."""
+        return ("num_timesteps", "_n_updates", "_current_progress_remaining")
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """A ``learn`` that all workers begin and end together."""
+        try:
+            with self._together():
+                yield
+                if self._session is not None:
+                    self._session.end()
+        finally:
+            self._session = None
+
+    # Updates.
+
+    def _stand_in_of_all(self) -> Any:
+        """What computes an update by hand, if every worker can."""
+        found = self._stand_in()  # type: ignore[attr-defined]
+        if self.reduction.workers > 1 and self.reduction.any(torch.tensor(found is None)) and found is not None:
+            self.update_path = "autograd: another worker does without fast updates"
+            return None
+        return found
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Take over the first worker's buffers, such as running means that each has moved by its own samples."""
+        buffers = list(self.policy.buffers()) if self.reduction.workers > 1 else []
+        for buffer, shared in zip(buffers, self.reduction.of_first(buffers) if buffers else [], strict=True):
+            buffer.copy_(shared)
+
+    def _explained_variance_of_all(self, values: np.ndarray, returns: np.ndarray) -> float:
+        """SB3's ``explained_variance`` over all workers."""
+        both = torch.as_tensor(np.stack([returns, returns - values]))
+        variance, unexplained = self.reduction.moments(both)[1].tolist()
+        return math.nan if variance == 0 else 1.0 - unexplained / variance
+
+    # Files.
+
+    def set_logger(self, logger: Logger) -> None:
+        """As in SB3; only the first worker writes."""
+        if self.reduction.rank:
+            logger.close()
+            logger = Logger(folder=None, output_formats=[])
+        super().set_logger(logger)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """As in SB3. Of several workers the first one writes files; it waits for no other."""
+        if not (self.reduction.rank and isinstance(path, (str, pathlib.Path))):
+            super().save(path, exclude, include)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "reduction", "_processes", "_session"]
+
+
+class Session:
+    """One ``learn`` of W workers: what they agree on before, and tell each other after each rollout.
+
+    Args:
+        model: The model of this worker.
+        processes: All of them.
+    """
+
+    def __init__(self, model: Any, processes: ProcessGroup) -> None:
+        self._model, self._processes = model, processes
+        self._normalizers = list(_normalizers(model.env))
+        self._steps_before = 0
+        self._episodes_before: tuple[list[Any], list[Any]] = [], []
+
+    def agree(self, total_timesteps: int, reset_num_timesteps: bool) -> None:
+        """Compare what must be equal, and take over the first worker's policy, optimiser, critic and statistics.
+
+        Raises:
+            ValueError: If two workers differ; the same for all.
+        """
+        model, processes = self._model, self._processes
+        here = settings(model) | {"learn": f"{total_timesteps} {reset_num_timesteps}"}
+        told = processes.exchange((here, _pending_seeds(model.env), self._fingerprint()))
+        for rank, (there, _, _) in enumerate(told):
+            differing = [name for name in here if there.get(name) != told[0][0].get(name)]
+            if differing or there.keys() != told[0][0].keys():
+                name = (differing or sorted(there.keys() ^ told[0][0].keys()))[0]
+                raise ValueError(
+                    f"All workers must be set up alike, but `{name}` is {told[0][0].get(name)} on rank 0 and "
+                    f"{there.get(name)} on rank {rank}. Run one script with the same arguments on all of them."
+                )
+        self.seeds_are_apart = self._part_seeds([seeds for _, seeds, _ in told])
+        if len({fingerprint for _, _, fingerprint in told}) > 1:
+            self._take_over()
+        self._merged = [_statistics(each) for each in self._normalizers]
+        keep_one_monitor(model.env, is_first=not processes.rank)
+
+    def _part_seeds(self, seeds: list[list[int | None]]) -> bool:
+        """Seed environment i of worker r as r·E + i where workers would seed theirs alike; whether all differ now."""
+        known = [seed for each in seeds for seed in each]
+        if None in known:
+            return False
+        if len(set(known)) < len(known) and self._processes.rank:
+            self._model.env.seed(seeds[0][0] + self._processes.rank * self._model.env.num_envs)
+        return True
+
+    def _take_over(self) -> None:
+        """The first worker's state, bit for bit."""
+        model = self._model
+        attributes = {name: getattr(model, name, None) for name in model._shared_attributes()}
+        statistics = [_statistics(each) for each in self._normalizers]
+        parameters = model.get_parameters()
+        buffer = io.BytesIO()
+        if not self._processes.rank:
+            torch.save((parameters, attributes, statistics), buffer)
+        found = self._processes.of_first(buffer.getvalue())
+        if not self._processes.rank:
+            return
+        # Written by another process of this very program.
+        parameters, attributes, statistics = torch.load(io.BytesIO(found), model.device, weights_only=False)
+        for name, state in parameters.items():
+            owner: Any = model
+            for part in name.split("."):
+                owner = getattr(owner, part)
+            owner.load_state_dict(state)
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        for normalizer, statistic in zip(self._normalizers, statistics, strict=True):
+            _set_statistics(normalizer, statistic)
+
+    def compare_first_observations(self) -> None:
+        """Warn where two workers begin alike, as those with the same seeds of environments do."""
+        observations = self._model._last_obs
+        arrays = observations.values() if isinstance(observations, dict) else [observations]
+        text = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+        found = self._processes.exchange(hashlib.sha256(text).digest())
+        if self.seeds_are_apart or self._processes.rank or len(set(found)) == len(found):
+            return
+        first, second = next((found.index(each), i) for i, each in enumerate(found) if found.index(each) != i)
+        warnings.warn(
+            f"The first observations of ranks {first} and {second} are the same. If their environments do not always "
+            "begin alike, these have the same seed, and the two collect the same episodes: pass `seed` to the model, "
+            "or seed the environments by RANK.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    def begin_rollout(self) -> None:
+        """Remember what the rollout adds to."""
+        model = self._model
+        self._steps_before = model.num_timesteps
+        self._episodes_before = list(model.ep_info_buffer), list(model.ep_success_buffer)
+        model.ep_info_buffer, model.ep_success_buffer = map(deque, self._episodes_before)  # without an end
+
+    def end_rollout(self, completed: bool) -> bool:
+        """Tell what the rollout added, merge what those of all did, and compare the models.
+
+        Returns:
+            Whether all of them have a whole one: where one was stopped all stop.
+        """
+        model, processes = self._model, self._processes
+        infos, successes = self._episodes_before
+        mine = (
+            completed,
+            (model.num_timesteps - self._steps_before) // processes.workers,
+            self._fingerprint(),
+            list(model.ep_info_buffer)[len(infos) :],
+            list(model.ep_success_buffer)[len(successes) :],
+            [_statistics(each) for each in self._normalizers],
+        )
+        told = processes.exchange(mine)
+        all_completed, steps, fingerprints, new_infos, new_successes, statistics = zip(*told, strict=True)
+        for rank, fingerprint in enumerate(fingerprints):
+            if fingerprint != fingerprints[0]:
+                raise RuntimeError(
+                    f"Rank {rank} has another model than rank 0 has: something has changed parameters, optimiser or "
+                    "critic of one of them alone. Let a callback that does so run everywhere: every_rank(callback)."
+                )
+        model.num_timesteps = self._steps_before + sum(steps)
+        window = model._stats_window_size
+        model.ep_info_buffer = deque([*infos, *(each for new in new_infos for each in new)], maxlen=window)
+        model.ep_success_buffer = deque([*successes, *(each for new in new_successes for each in new)], maxlen=window)
+        for index, normalizer in enumerate(self._normalizers):
+            self._merged[index] = merged(self._merged[index], [each[index] for each in statistics])
+            _set_statistics(normalizer, self._merged[index])
+        return all(all_completed)
+
+    def _fingerprint(self) -> tuple[int, ...]:
+        """A checksum of parameters and buffers, of the optimiser's and of the critic's state, and of attributes."""
+        model = self._model
+        attributes = [getattr(model, name, None) for name in model._shared_attributes() if name != "num_timesteps"]
+        return (*(_checksum(state) for state in model.get_parameters().values()), _checksum(attributes))
+
+    def end(self) -> None:
+        """Wait for the others, one of which may have failed since the last rollout."""
+        self._processes.exchange(None)
+
+
+def _checksum(value: Any, before: int = 0) -> int:
+    """A checksum of nested dicts and lists of tensors, arrays and numbers."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        return zlib.crc32(value.view(-1).view(torch.uint8).numpy(), before)
+    if isinstance(value, np.ndarray):
+        return zlib.crc32(np.ascontiguousarray(value).tobytes(), before)
+    if isinstance(value, dict):
+        value = [each for pair in value.items() for each in pair]
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            before = _checksum(each, before)
+        return before
+    return zlib.crc32(repr(value).encode(), before)
+
+
+def settings(model: Any) -> dict[str, str]:
+    """What must be the same for all workers, in words: versions, spaces, shapes and the constructor's arguments."""
+    found = {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "gymnasium": gym.__version__,
+        "stable_baselines3": stable_baselines3.__version__,
+        "sb3_contrib": sb3_contrib.__version__,
+        "sb3_trpo_ext": sys.modules["sb3_trpo_ext"].__version__,
+        "device": model.device.type,
+        "processor": torch.backends.cpu.get_cpu_capability(),  # its rounding
+        "threads of torch": "one" if torch.get_num_threads() == 1 else "several",
+        "n_envs": str(model.n_envs),
+        "observation_space": str(model.observation_space),
+        "action_space": str(model.action_space),
+        "policy": f"{model.policy_class.__module__}.{model.policy_class.__qualname__}",
+        "parameters": str([(name, tuple(each.shape), str(each.dtype)) for name, each in _tensors(model.policy)]),
+        "optimizer": type(model.policy.optimizer).__qualname__,
+        "past rollouts": str(len(getattr(model, "_past_rollouts", ()))),
+        "statistics of VecNormalize": str(len(list(_normalizers(model.env)))),
+    }
+    for kind in type(model).__mro__:
+        if "__init__" in vars(kind):
+            for name in inspect.signature(vars(kind)["__init__"]).parameters:
+                if name in vars(model) and name not in OWN_TO_A_WORKER:
+                    found[name] = _in_words(getattr(model, name))
+    return found
+
+
+def _tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from policy.named_parameters()
+    yield from policy.named_buffers()
+
+
+def _in_words(value: Any) -> str:
+    """A value, as far as two processes write it alike."""
+    if callable(value) and not isinstance(value, type):
+        try:
+            return f"a schedule: {[number for _, number in values_of(value)][::50]}"
+        except Exception:
+            return f"a {type(value).__name__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+# Environments.
+
+
+def _layers(env: VecEnv | None) -> Iterator[VecEnv]:
+    """A vectorised environment and those within it."""
+    while env is not None:
+        yield env
+        env = env.venv if isinstance(env, VecEnvWrapper) else None
+
+
+def _normalizers(env: VecEnv | None) -> Iterator[VecNormalize]:
+    return (layer for layer in _layers(env) if isinstance(layer, VecNormalize))
+
+
+def _pending_seeds(env: VecEnv) -> list[int | None]:
+    """The seeds of the next reset, as far as they are known."""
+    innermost = list(_layers(env))[-1]
+    return list(getattr(innermost, "_seeds", [None]))
+
+
+Moments = tuple[np.ndarray, np.ndarray, float]
+"""Mean, variance and number of samples."""
+
+
+def _running(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The running statistics of an environment's observations and returns."""
+    found: dict[str, RunningMeanStd] = {"returns": normalizer.ret_rms}
+    seen: Any = getattr(normalizer, "obs_rms", None)
+    if isinstance(seen, dict):
+        found |= {f"observations {key}": each for key, each in seen.items()}
+    elif seen is not None:
+        found["observations"] = seen
+    return found
+
+
+def _statistics(normalizer: VecNormalize) -> dict[str, Moments]:
+    return {key: (each.mean, each.var, float(each.count)) for key, each in _running(normalizer).items()}
+
+
+def _set_statistics(normalizer: VecNormalize, statistics: dict[str, Moments]) -> None:
+    for key, each in _running(normalizer).items():
+        mean, var, each.count = statistics[key]
+        each.mean, each.var = np.array(mean), np.array(var)
+
+
+def merged(before: dict[str, Moments], told: list[dict[str, Moments]]) -> dict[str, Moments]:
+    """Statistics with what each worker has added to them since they were the same for all, in the order of ranks.
+
+    In one pass as for parts of one sample (Chan, Golub and LeVeque 1979).
+    """
+    result = {}
+    for key, (mean, var, count) in before.items():
+        together = RunningMeanStd(shape=np.shape(mean))
+        together.mean, together.var, together.count = np.array(mean), np.array(var), count
+        for there in told:
+            mean_there, var_there, count_there = there[key]
+            new = count_there - count
+            if new > 0:
+                new_mean = mean + (mean_there - mean) * (count_there / new)
+                apart = np.square(new_mean - mean) * (count * new / count_there)
+                new_var = np.maximum(var_there * count_there - var * count - apart, 0.0) / new
+                together.update_from_moments(new_mean, new_var, new)
+        result[key] = together.mean, together.var, float(together.count)
+    return result
+
+
+def keep_one_monitor(env: VecEnv, *, is_first: bool) -> None:
+    """Let the first worker alone write the files of Monitor and VecMonitor, which all of them have opened.
+
+    A file that another one has emptied since gets its head again, if nothing was written yet.
+    """
+    for holder in _monitors(env):
+        writer = getattr(holder, "results_writer", None)
+        if writer is None:
+            continue
+        if is_first:
+            _write_head(holder, writer)
+        else:
+            writer.close()
+            holder.results_writer = None
+    innermost = list(_layers(env))[-1]
+    if not is_first and not isinstance(innermost, DummyVecEnv):
+        # Environments in other processes; those that have no monitor refuse to set what it has.
+        try:
+            innermost.env_method("set_wrapper_attr", "results_writer", None, force=False)
+        except (AttributeError, TypeError):
+            return
+
+
+def _monitors(env: VecEnv) -> Iterator[Any]:
+    for layer in _layers(env):
+        if isinstance(layer, VecMonitor):
+            yield layer
+        for each in getattr(layer, "envs", []):
+            inner: Any = each
+            while isinstance(inner, gym.Wrapper):
+                if isinstance(inner, Monitor):
+                    yield inner
+                inner = inner.env
+
+
+def _write_head(holder: Any, writer: ResultsWriter) -> None:
+    """Write the first two lines of a file again if it has no other and another process has overwritten them."""
+    file = writer.file_handler
+    if file is None or file.closed or "a" in file.mode:
+        return
+    with open(file.name) as found:
+        lines = found.read().splitlines()
+    if len(lines) > 2 or file.tell() > 1000:
+        return
+    spec = getattr(holder, "spec", None)
+    text = f'#{{"t_start": {holder.t_start}, "env_id": "{spec.id if spec is not None else None}"}}\n'
+    if lines and f"{lines[0]}\n" == text:
+        return
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    writer.logger.writeheader()
+    file.flush()
+
+
+# Callbacks.
+
+
+def main_only(callback: MaybeCallback) -> BaseCallback:
+    """Let a callback run on the first worker only; what it decides holds for all.
+
+    As SB3's own do that evaluate, save, show progress or stop. In a single process nothing changes.
+
+    Args:
+        callback: A callback, a list of them or a function.
+    """
+    return _marked(callback, False)
+
+
+def every_rank(callback: MaybeCallback) -> BaseCallback:
+    """Let a callback run on every worker, each with its own environments; where one of them stops, all stop.
+
+    As callbacks of one's own do anyway. In a single process nothing changes.
+
+    Args:
+        callback: A callback, a list of them or a function.
+    """
+    return _marked(callback, True)
+
+
+def _marked(callback: MaybeCallback, everywhere: bool) -> BaseCallback:
+    if isinstance(callback, list):
+        callback = CallbackList(callback)
+    if not isinstance(callback, BaseCallback):
+        callback = ConvertCallback(callback)
+    callback._runs_everywhere = everywhere  # type: ignore[attr-defined]
+    return callback
+
+
+def callback_of(callback: MaybeCallback, rank: int) -> BaseCallback:
+    """What of a callback runs on a worker."""
+    if isinstance(callback, list):
+        callback = CallbackList(callback)
+    if not isinstance(callback, BaseCallback):
+        return ConvertCallback(callback)
+    if type(callback) is CallbackList and not hasattr(callback, "_runs_everywhere"):
+        return CallbackList([callback_of(each, rank) for each in callback.callbacks])
+    return callback if rank == 0 or _runs_everywhere(callback) else ConvertCallback(None)
+
+
+def _runs_everywhere(callback: BaseCallback) -> bool:
+    """Whether a callback runs on every worker, as what it was marked, or what its class is a kind of, says."""
+    marked = getattr(callback, "_runs_everywhere", None)
+    if marked is not None:
+        return bool(marked)
+    if type(callback) is EveryNTimesteps:
+        return callback.callback is None or _runs_everywhere(callback.callback)
+    kinds = (kind for kind in type(callback).__mro__ if kind not in BASES)
+    return not any(kind.__module__.split(".")[0] in OF_THE_FIRST for kind in kinds)
+
+
+class CountingCallback(CallbackList):
+    """Counts the steps of all workers, and then calls what is to run on this one.
+
+    Args:
+        callback: That.
+        workers: How many there are, each of which takes as many steps.
+    """
+
+    def __init__(self, callback: BaseCallback, workers: int) -> None:
+        super().__init__([callback])
+        self._others = workers - 1
+
+    def on_step(self) -> bool:
+        """See `BaseCallback.on_step`."""
+        self.model.num_timesteps += self._others * self.model.n_envs
+        return super().on_step()

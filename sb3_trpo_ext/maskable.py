@@ -109,6 +109,7 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
         progress_bar: bool = False,
+        *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_freq: int | None = None,
     ) -> SelfMaskableTRPO:

@@ -313,6 +313,7 @@ class TrustRegionAlgorithm(ResumableAlgorithm):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_freq: int | None = None,
         **kwargs: Any,

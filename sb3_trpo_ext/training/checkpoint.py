@@ -106,6 +106,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         tb_log_name: str = "OnPolicyAlgorithm",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_freq: int | None = None,
         **kwargs: Any,
@@ -247,11 +248,8 @@ class Run:
 
     def _leave(self) -> None:
         """End the program as SIGTERM asks."""
-        written = self._last_at > self._began
-        where = (
-            f"The checkpoint at {self._last_at} timesteps is in {self._folder.path}" if written else "Nothing is done"
-        )
-        self._tell(f"SIGTERM. {there}; the same command goes on from there.")
+        where = f"is in {self._folder.path}" if self._last_at > self._began else "would be of nothing"
+        self._tell(f"SIGTERM. A checkpoint at {self._last_at} timesteps {where}; the same command goes on from there.")
         raise SystemExit(0)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import numpy as np
@@ -109,8 +110,11 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
         progress_bar: bool = False,
+        *,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_freq: int | None = None,
     ) -> SelfMaskableTRPO:
-        """Train for ``total_timesteps`` steps of all environments together; arguments as in MaskablePPO."""
+        """Train for ``total_timesteps`` steps of all environments together; arguments as in MaskablePPO and `TRPO`."""
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -118,5 +122,7 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
             tb_log_name=tb_log_name,
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_freq=checkpoint_freq,
             use_masking=use_masking,
         )

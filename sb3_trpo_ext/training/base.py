@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 import warnings
 from abc import abstractmethod
@@ -41,6 +42,7 @@ from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_r
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.rollout.known_classes import looks
 from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
+from sb3_trpo_ext.training.checkpoint import ResumableAlgorithm
 from sb3_trpo_ext.training.parallel import ParallelAlgorithm
 from sb3_trpo_ext.training.transaction import (
     Atomic,
@@ -86,7 +88,7 @@ class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
-class TrustRegionAlgorithm(ParallelAlgorithm):
+class TrustRegionAlgorithm(ResumableAlgorithm, ParallelAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
     A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy
@@ -235,6 +237,7 @@ class TrustRegionAlgorithm(ParallelAlgorithm):
                 gradients passes. If a parameter or σ of the policy is not finite, or σ is zero, the message names
                 that instead. Also if ``n_steps`` or ``batch_size`` has become impossible.
         """
+        self._between_updates()
         return self._as_one_rollout(
             lambda: self._collect_checked(env, callback, rollout_buffer, n_rollout_steps, *args)
         )
@@ -322,6 +325,9 @@ class TrustRegionAlgorithm(ParallelAlgorithm):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        *,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_freq: int | None = None,
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """Train for ``total_timesteps`` steps of all environments together.
@@ -333,10 +339,22 @@ class TrustRegionAlgorithm(ParallelAlgorithm):
             tb_log_name: As in SB3; None for the name of the class.
             reset_num_timesteps: As in SB3.
             progress_bar: As in SB3.
+            checkpoint_dir: Directory, one for each call, in which the whole state of the run is written between
+                updates; None for nowhere. The same command, started again after its process was killed, goes on from
+                the last checkpoint to the same ``total_timesteps``, with the numbers of a run that was not killed: of
+                policy, optimiser, random generators, normalisation, callbacks, logs, and of Gymnasium's classic control
+                and MuJoCo tasks with the usual wrappers. An environment, wrapper or VecEnv of your own goes on exactly
+                if it has two methods: ``get_checkpoint_state()`` returns its own state (without that of what it wraps)
+                as anything that can be pickled, ``set_checkpoint_state(state)`` takes it back. Where one has not, all
+                begin new episodes, and a warning says so. A run that is at its end returns at once; one that a callback
+                stopped goes on from its last checkpoint. SIGTERM ends the program after the next update and a
+                checkpoint, with exit code 0. Checkpoints are pickles: load none that you do not trust.
+            checkpoint_freq: Timesteps between two checkpoints, of which the last two are kept; None for 30 seconds.
             **kwargs: What a parent class of sb3-contrib takes beyond these.
 
         Raises:
             RuntimeError: See `train`.
+            ValueError: If ``checkpoint_dir`` holds another run, or ``checkpoint_freq`` is not a positive integer.
         """
         check_trainable(self.policy)
         with self._learning():
@@ -347,6 +365,8 @@ class TrustRegionAlgorithm(ParallelAlgorithm):
                 tb_log_name=tb_log_name or type(self).__name__,
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
+                checkpoint_dir=checkpoint_dir,
+                checkpoint_freq=checkpoint_freq,
                 **kwargs,
             )
 

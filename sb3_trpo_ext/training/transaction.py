@@ -146,6 +146,7 @@ class Attributes:
     """
 
     def __init__(self, model: OnPolicyAlgorithm, *names: str) -> None:
+        self.names = names
         self._model, self._saved = model, {name: getattr(model, name) for name in names}
 
     def restore(self) -> None:

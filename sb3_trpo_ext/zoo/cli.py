@@ -7,6 +7,7 @@ import importlib
 import runpy
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from sb3_trpo_ext.zoo.registry import ALGORITHMS, register
 
@@ -23,6 +24,11 @@ PROGRAMS = {
 PLOTS = ("plot_train", "all_plots", "plot_from_file")
 HUB = ("push_to_hub", "load_from_hub", "enjoy")  # the last downloads agents that it does not find
 
+CHECKPOINT_HELP = """Beside the zoo's options:
+  --checkpoint-dir DIR   write the whole state of the run into DIR; the same command, started again after its process
+                         was killed, goes on from there, in the same folder of logs
+  --checkpoint-freq N    timesteps between two checkpoints (default: 30 seconds)"""
+
 
 def main() -> None:
     """Run the program of the zoo that the first argument names, with the arguments that follow."""
@@ -37,11 +43,32 @@ def main() -> None:
     listing = "\n".join(f"{name:<15} {purpose}" for name, purpose in PROGRAMS.items())
     parser.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help=listing)
     program = parser.parse_args(sys.argv[1:2] or ["--help"]).program
-    sys.argv = [f"trpo-zoo {program}", *sys.argv[2:]]
+    checkpoints, others = checkpoint_options(sys.argv[2:]) if program == "train" else ({}, sys.argv[2:])
+    sys.argv = [f"trpo-zoo {program}", *others]
     if {"-h", "--help"} & set(sys.argv):
         print(f"This is the RL Zoo's {program}, with the algorithms of sb3-trpo-ext beside its own.\n")
+        if program == "train":
+            print(f"{CHECKPOINT_HELP}\n")
     register()
-    run(program)
+    from sb3_trpo_ext.zoo.experiment import TrustRegionExperimentManager
+
+    before, TrustRegionExperimentManager.checkpoints = TrustRegionExperimentManager.checkpoints, checkpoints
+    try:
+        run(program)
+    finally:
+        TrustRegionExperimentManager.checkpoints = before
+
+
+def checkpoint_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What of a command line is about checkpoints, as arguments of ``learn``, and the rest, which is the zoo's."""
+    parser = argparse.ArgumentParser(prog="trpo-zoo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint-dir")
+    parser.add_argument("--checkpoint-freq", type=int)
+    found, others = parser.parse_known_args(arguments)
+    options = {name: value for name, value in vars(found).items() if value is not None}
+    if options and not found.checkpoint_dir:
+        parser.error("--checkpoint-freq needs a --checkpoint-dir to write into")
+    return options, others
 
 
 def run(program: str) -> None:

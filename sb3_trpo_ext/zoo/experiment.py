@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gymnasium import spaces
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.zoo.registry import ALGORITHMS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
 
@@ -23,6 +27,10 @@ LAST_FRACTION = {"target_kl": 0.01, "step_size": 0.01, "ent_coef": 0.0}
 
 SHARED = {"npg_lstm": "trpo_lstm"}
 """Algorithms whose entries are another's."""
+
+
+LOG_FOLDER = "log-folder.txt"
+"""Where a directory of checkpoints keeps the name of the run's folder among the zoo's logs."""
 
 
 def hyperparameters_of(algo: str) -> Path:
@@ -45,7 +53,13 @@ class TrustRegionExperimentManager(ExperimentManager):
         *others: As in the zoo.
         config: As in the zoo; for our algorithms, None is the file packaged with them.
         **kwargs: As in the zoo.
+
+    Attributes:
+        checkpoints: What ``learn`` is given as ``checkpoint_dir`` and ``checkpoint_freq``, if anything. A run that is
+            resumed logs into the folder that it had.
     """
+
+    checkpoints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, args: argparse.Namespace, algo: str, *others: Any, config: str | None = None, **kwargs: Any
@@ -55,6 +69,36 @@ class TrustRegionExperimentManager(ExperimentManager):
         if config is None and self._ours:
             config = str(packaged)
         super().__init__(args, algo, *others, config=config, **kwargs)  # type: ignore[misc]  # others end before it
+        if self.checkpoints:
+            self._check_checkpoints()
+            self._reuse_log_folder()
+
+    def _check_checkpoints(self) -> None:
+        if self.optimize_hyperparameters or self.algo not in ALGORITHMS:
+            what = "a search for hyperparameters" if self.optimize_hyperparameters else f"--algo {self.algo}"
+            raise ValueError(
+                f"--checkpoint-dir keeps runs of the algorithms of sb3-trpo-ext, and not {what}, got "
+                f"{str(self.checkpoints['checkpoint_dir'])!r}. Leave it out."
+            )
+
+    def _reuse_log_folder(self) -> None:
+        """Log where the run has logged before, if it is among the runs of the same folder."""
+        name = Path(self.checkpoints["checkpoint_dir"]) / LOG_FOLDER
+        if name.is_file() and (Path(self.log_path) / name.read_text()).is_dir():
+            self.save_path = os.path.join(self.log_path, name.read_text())
+            self.params_path = f"{self.save_path}/{self.env_name}"
+
+    def create_log_folder(self) -> None:
+        """As in the zoo; its name is kept with the checkpoints."""
+        super().create_log_folder()
+        if self.checkpoints:
+            directory = Path(self.checkpoints["checkpoint_dir"])
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / LOG_FOLDER).write_text(Path(self.save_path).name)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """As in the zoo, with the checkpoints that the command line asks for."""
+        super().learn(_WithCheckpoints(model, self) if self.checkpoints else model)  # type: ignore[arg-type]
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         if self._ours:
@@ -78,6 +122,25 @@ class TrustRegionExperimentManager(ExperimentManager):
         if hyperparams.get("policy") == "auto":
             hyperparams["policy"] = policy_for(ALGOS[self.algo], env.observation_space)
         return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+
+
+class _WithCheckpoints:
+    """A model as the zoo's ``learn`` uses it.
+
+    Args:
+        model: The model.
+        manager: Whose checkpoints.
+    """
+
+    def __init__(self, model: BaseAlgorithm, manager: TrustRegionExperimentManager) -> None:
+        self.env, self._model, self._manager = model.env, model, manager
+
+    def learn(self, total_timesteps: int, **kwargs: Any) -> None:
+        self._model.learn(total_timesteps, **kwargs, **self._manager.checkpoints)
+        # The zoo ends a bar that a run which was finished before has not begun.
+        callbacks = self._manager.callbacks
+        if callbacks and isinstance(callbacks[0], ProgressBarCallback) and not hasattr(callbacks[0], "pbar"):
+            del callbacks[0]
 
 
 def policy_for(algorithm: type[BaseAlgorithm], observations: spaces.Space[Any]) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import torch
 import yaml
 
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.zoo import ALGORITHMS as ZOO
 from sb3_trpo_ext.zoo import cli
 
 SHORT = ["--hyperparams", "n_envs:2", "n_steps:64"]
@@ -74,6 +76,48 @@ def test_a_run_is_continued_where_it_stopped(zoo: Any, algo: str) -> None:
     folder = Path(f"logs/{algo}")
     counts = [statistics(folder / f"Pendulum-v1_{k}/Pendulum-v1/vecnormalize.pkl").count for k in (1, 2)]
     assert counts[1] > counts[0] > 100  # the statistics of the observations went on too
+
+
+@pytest.mark.parametrize("algo", ["trpo", "trpo_lstm"])
+def test_a_killed_run_goes_on_where_it_was(zoo: Any, algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["--eval-freq", "200", "--tensorboard-log", "tb", "--progress", *SHORT, "normalize:True"]
+    train(zoo, algo, "Pendulum-v1", 1024, *settings)
+    update = TRPO._update
+
+    def killed(self: TRPO) -> Any:
+        if self.num_timesteps >= 512:
+            raise MemoryError
+        return update(self)
+
+    monkeypatch.setattr(TRPO, "_update", killed)
+    checkpoints = ["--checkpoint-dir", "checkpoints", "--checkpoint-freq", "1"]
+    with pytest.raises(MemoryError):
+        train(zoo, algo, "Pendulum-v1", 1024, *settings, *checkpoints)
+    monkeypatch.setattr(TRPO, "_update", update)
+    for _ in range(2):  # the second time it is finished
+        train(zoo, algo, "Pendulum-v1", 1024, *settings, *checkpoints)
+    folder = Path(f"logs/{algo}")
+    runs = {path.name for path in folder.iterdir()} | {path.name for path in Path("tb/Pendulum-v1").iterdir()}
+    name = {"trpo": "TRPO", "trpo_lstm": "RecurrentTRPO"}[algo]
+    assert runs == {"Pendulum-v1_1", "Pendulum-v1_2", f"{name}_1", f"{name}_2"}
+    whole, resumed = (folder / f"Pendulum-v1_{k}" for k in (1, 2))
+    models = [ZOO[algo].load(path / "Pendulum-v1.zip", device="cpu").policy.state_dict() for path in (whole, resumed)]
+    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+    evaluations = [np.load(path / "evaluations.npz") for path in (whole, resumed)]
+    assert all(np.array_equal(value, evaluations[1][key]) for key, value in evaluations[0].items())
+    rows = [(path / "0.monitor.csv").read_text().splitlines()[2:] for path in (whole, resumed)]
+    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]] != []
+
+
+def test_checkpoints_are_for_runs_of_ours(zoo: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"and not --algo a2c, got 'c'\. Leave it out"):
+        train(zoo, "a2c", "CartPole-v1", 100, "--checkpoint-dir", "c")
+    with pytest.raises(SystemExit):
+        train(zoo, "trpo", "CartPole-v1", 100, "--checkpoint-freq", "10")
+    assert "--checkpoint-freq needs a --checkpoint-dir" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        zoo("train", "--help")
+    assert "--checkpoint-dir DIR" in capsys.readouterr().out
 
 
 def statistics(path: Path) -> Any:

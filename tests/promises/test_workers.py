@@ -653,3 +653,18 @@ def test_distributed_false_is_a_single_process(ranks: Ranks, tmp_path: Path) -> 
     for found, steps in ranks(apart, str(tmp_path)):
         np.testing.assert_array_equal(found, flat([[p.detach() for p in alone.policy.parameters()]]))
         assert steps == 100 * RANKS
+
+
+def test_the_zoo_makes_one_run_of_it(tmp_path: Path) -> None:
+    program = ["-m", "sb3_trpo_ext.zoo", "train", "--algo", "trpo", "--env", "CartPole-v1", "-n", "1500"]
+    options = ["--eval-freq", "600", "--save-freq", "600", "-f", str(tmp_path / "logs"), "-tb", str(tmp_path / "tb")]
+    options += ["-params", "n_steps:100", "n_envs:1", "normalize:True"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    subprocess.run([*launcher, *program, *options], check=True, capture_output=True, timeout=120)
+    (run,) = (tmp_path / "logs" / "trpo").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} <= names
+    assert (run / "CartPole-v1" / "vecnormalize.pkl").exists()
+    assert {name for name in names if name.startswith("rl_")} == {"rl_model_600_steps.zip", "rl_model_1200_steps.zip"}
+    assert len(list((tmp_path / "tb").rglob("events*"))) == 1
+    assert TRPO.load(run / "CartPole-v1.zip").num_timesteps == 1500

@@ -19,6 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -181,7 +182,11 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         if session is None:
             return collect()
         session.begin_rollout()
-        return session.end_rollout(collect())
+        try:
+            return session.end_rollout(collect())
+        except BaseException:
+            session.forget_rollout()
+            raise
 
     def _shared_attributes(self) -> tuple[str, ...]:
         """Numbers beside the policy that are the same for all workers, and are told by the first one."""
@@ -266,7 +271,12 @@ class Session:
         """
         model, processes = self._model, self._processes
         here = settings(model) | {"learn": f"{total_timesteps} {reset_num_timesteps}"}
-        told = processes.exchange((here, _pending_seeds(model.env), self._fingerprint()))
+        state = (
+            *self._fingerprint(),
+            model.num_timesteps,
+            *(_checksum(_statistics(each)) for each in self._normalizers),
+        )
+        told = processes.exchange((here, _pending_seeds(model.env), state))
         for rank, (there, _, _) in enumerate(told):
             differing = [name for name in here if there.get(name) != told[0][0].get(name)]
             if differing or there.keys() != told[0][0].keys():
@@ -276,7 +286,7 @@ class Session:
                     f"{there.get(name)} on rank {rank}. Run one script with the same arguments on all of them."
                 )
         self.seeds_are_apart = self._part_seeds([seeds for _, seeds, _ in told])
-        if len({fingerprint for _, _, fingerprint in told}) > 1:
+        if len({state for _, _, state in told}) > 1:
             self._take_over()
         self._merged = [_statistics(each) for each in self._normalizers]
         keep_one_monitor(model.env, is_first=not processes.rank)
@@ -293,7 +303,8 @@ class Session:
     def _take_over(self) -> None:
         """The first worker's state, bit for bit."""
         model = self._model
-        attributes = {name: getattr(model, name, None) for name in model._shared_attributes()}
+        names = (*model._shared_attributes(), "ep_info_buffer", "ep_success_buffer")
+        attributes = {name: getattr(model, name, None) for name in names}
         statistics = [_statistics(each) for each in self._normalizers]
         parameters = model.get_parameters()
         buffer = io.BytesIO()
@@ -338,6 +349,15 @@ class Session:
         self._episodes_before = list(model.ep_info_buffer), list(model.ep_success_buffer)
         model.ep_info_buffer, model.ep_success_buffer = map(deque, self._episodes_before)  # without an end
 
+    def forget_rollout(self) -> None:
+        """Drop the episodes of a rollout that nobody will learn from."""
+        infos, successes = self._episodes_before
+        self._keep_episodes(infos, successes)
+
+    def _keep_episodes(self, infos: Iterable[Any], successes: Iterable[Any]) -> None:
+        model, window = self._model, self._model._stats_window_size
+        model.ep_info_buffer, model.ep_success_buffer = deque(infos, maxlen=window), deque(successes, maxlen=window)
+
     def end_rollout(self, completed: bool) -> bool:
         """Tell what the rollout added, merge what those of all did, and compare the models.
 
@@ -363,9 +383,7 @@ class Session:
                     "critic of one of them alone. Let a callback that does so run everywhere: every_rank(callback)."
                 )
         model.num_timesteps = self._steps_before + sum(steps)
-        window = model._stats_window_size
-        model.ep_info_buffer = deque([*infos, *(each for new in new_infos for each in new)], maxlen=window)
-        model.ep_success_buffer = deque([*successes, *(each for new in new_successes for each in new)], maxlen=window)
+        self._keep_episodes(chain(infos, *new_infos), chain(successes, *new_successes))
         for index, normalizer in enumerate(self._normalizers):
             self._merged[index] = merged(self._merged[index], [each[index] for each in statistics])
             _set_statistics(normalizer, self._merged[index])

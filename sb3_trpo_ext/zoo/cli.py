@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import runpy
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
 from sb3_trpo_ext.zoo.registry import ALGORITHMS, register
@@ -74,6 +75,8 @@ def checkpoint_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]
 def run(program: str) -> None:
     """Run a program of the zoo in this process, with the arguments of ``sys.argv``."""
     with ExitStack() as stack:
+        if int(os.environ.get("RANK", "0")) and "WORLD_SIZE" in os.environ:  # what it prints is what the first one does
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         if program in HUB:
             from sb3_trpo_ext.zoo.hub import working_hub
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from gymnasium import spaces
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
@@ -44,6 +45,8 @@ class TrustRegionExperimentManager(ExperimentManager):
     - Our files are the default for our algorithms.
     - ``target_kl``, ``step_size`` and ``ent_coef`` take schedules (``lin_0.01``).
     - ``policy: auto`` is ``MlpPolicy``, ``CnnPolicy`` or ``MultiInputPolicy``, by what the environment shows.
+    - Started by ``torchrun``, its processes train one agent: the first one has the folder, evaluates and saves, every
+      so many steps of all of them together, and its seed is that of all.
     - ``policy_kwargs`` may be a mapping, in which classes are written as names: ``activation_fn: torch.nn.ReLU``. (An
       expression in a string works as in the zoo.)
 
@@ -68,7 +71,19 @@ class TrustRegionExperimentManager(ExperimentManager):
         self._ours = packaged.exists()
         if config is None and self._ours:
             config = str(packaged)
+        self._rank, self._workers = workers() if self._ours else (0, 1)
+        if self._workers > 1:
+            if kwargs.get("seed") is not None:
+                kwargs["seed"] = of_the_first(kwargs["seed"])
+            if self._rank == 0:
+                args.seed = kwargs.get("seed", getattr(args, "seed", None))
         super().__init__(args, algo, *others, config=config, **kwargs)  # type: ignore[misc]  # others end before it
+        if self._workers > 1 and self.optimize_hyperparameters:
+            raise ValueError(
+                "`--optimize-hyperparameters` tries one agent after the other in one process, and this is one of "
+                f"{self._workers} that torchrun started. Start it without torchrun; several share a study by --storage."
+            )
+
         if self.checkpoints:
             self._check_checkpoints()
             self._reuse_log_folder()
@@ -89,7 +104,9 @@ class TrustRegionExperimentManager(ExperimentManager):
             self.params_path = f"{self.save_path}/{self.env_name}"
 
     def create_log_folder(self) -> None:
-        """As in the zoo; its name is kept with the checkpoints."""
+        """As in the zoo, by the first worker; its name is kept with the checkpoints."""
+        if self._rank:
+            return
         super().create_log_folder()
         if self.checkpoints:
             directory = Path(self.checkpoints["checkpoint_dir"])
@@ -99,6 +116,26 @@ class TrustRegionExperimentManager(ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """As in the zoo, with the checkpoints that the command line asks for."""
         super().learn(_WithCheckpoints(model, self) if self.checkpoints else model)  # type: ignore[arg-type]
+
+    def create_callbacks(self) -> None:
+        """As in the zoo, for the first worker, who counts its own steps."""
+        if self._rank == 0:
+            self.save_freq = self.save_freq // self._workers if self.save_freq > 0 else self.save_freq
+            self.eval_freq = max(self.eval_freq // self._workers, 1) if self.eval_freq > 0 else self.eval_freq
+            super().create_callbacks()
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """As in the zoo; the first worker's alone write files."""
+        return super().create_envs(n_envs, eval_env, no_log or self._rank > 0)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """As in the zoo, by the first worker."""
+        if self._rank == 0:
+            super().save_trained_model(model)
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self._rank == 0:
+            super()._save_config(saved_hyperparams)
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         if self._ours:
@@ -141,6 +178,22 @@ class _WithCheckpoints:
         callbacks = self._manager.callbacks
         if callbacks and isinstance(callbacks[0], ProgressBarCallback) and not hasattr(callbacks[0], "pbar"):
             del callbacks[0]
+
+
+def workers() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started; 0 and 1 outside of it."""
+    if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def of_the_first(value: Any) -> Any:
+    """What the first of the processes that torchrun started has."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    values = [value]
+    dist.broadcast_object_list(values, group=dist.new_group(backend="gloo"))
+    return values[0]
 
 
 def policy_for(algorithm: type[BaseAlgorithm], observations: spaces.Space[Any]) -> str:

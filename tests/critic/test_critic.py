@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -185,8 +186,8 @@ def test_the_curvature_sees_as_many_samples_as_were_asked_for(own: Any, models: 
     class Counted(Batch):
         """Notes the sizes of its random subsets."""
 
-        def subset(self, size: int) -> Batch:
-            part = super().subset(size)
+        def subset(self, size: int | None, worth: float = math.inf) -> Batch:
+            part = super().subset(size, worth)
             sizes.append(len(part))
             return part
 

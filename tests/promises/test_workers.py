@@ -1,10 +1,18 @@
 """Processes that torchrun started train one model together: one update, the same decisions, one set of files."""
 
+import io
 import multiprocessing
 import os
+import re
 import socket
+import subprocess
+import sys
+import time
 import traceback
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,12 +20,34 @@ import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, NoisyExtractor, RandomEnv, in_float64, policy_name, with_rollout
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
-from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
+from sb3_trpo_ext import (
+    NPG,
+    TRPO,
+    MaskableTRPO,
+    PPOClip,
+    PPOPenalty,
+    RecurrentNPG,
+    RecurrentPPOClip,
+    RecurrentTRPO,
+    WorkerError,
+    every_rank,
+    main_only,
+)
 from sb3_trpo_ext.policy import problem
+from sb3_trpo_ext.training.communicator import ProcessGroup
 
 RANKS = 3
 """With two, every sum is the same in either order."""
@@ -26,10 +56,22 @@ RANKS = 3
 # Three processes that do what they are told, all of them the same.
 
 
-def serve(rank: int, port: int, connection: Any) -> None:
+def launch(rank: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def serve(rank: int, port: int, connection: Any) -> None:
+    os.environ.update(launch(rank, port))
     torch.set_num_threads(1)
+    multiprocessing.current_process()._config["daemon"] = False  # it may have environments in processes of their own
     while (task := connection.recv()) is not None:
         function, arguments = task
         torch.manual_seed(rank)
@@ -44,9 +86,7 @@ class Ranks:
     """Runs a function in all of the processes at once."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         spawn = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for rank in range(RANKS):
@@ -229,3 +269,402 @@ def test_all_workers_have_the_same_model_after_five_updates(ranks: Ranks, form: 
     assert not np.array_equal(found[0][1], found[1][1]) and not np.array_equal(found[1][1], found[2][1])
     if form in ("trpo", "ppo", "trpo-sde"):
         np.testing.assert_array_equal(ranks(five_updates, form)[0][0], found[0][0])
+
+
+# One of them fails.
+
+
+class Fault(BaseCallback):
+    """Does something at a step of the second rollout."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act, self.rollouts = act, 0
+
+    def _on_rollout_start(self) -> None:
+        self.rollouts += 1
+
+    def _on_step(self) -> bool:
+        self.steps = self.steps + 1 if self.rollouts == 2 and hasattr(self, "steps") else 0
+        return self.act(self) is not False if self.rollouts == 2 and self.steps == 5 else True
+
+
+def raises(callback: Fault) -> None:
+    raise KeyError("the callback's own")
+
+
+def interrupts(callback: Fault) -> None:
+    raise KeyboardInterrupt
+
+
+def stops(callback: Fault) -> bool:
+    return False
+
+
+def environment_raises(callback: Fault) -> None:
+    def step(action: Any) -> Any:
+        raise OSError("the simulator has crashed")
+
+    callback.training_env.get_attr("unwrapped")[0].step = step
+
+
+def environment_is_nan(callback: Fault) -> None:
+    callback.locals["rewards"][0] = np.nan
+
+
+def update_raises(callback: Fault) -> None:
+    def fit(regression: Any) -> float:
+        raise ZeroDivisionError("in the midst of the update")
+
+    callback.model.value_critic.fit = fit
+
+
+def update_is_interrupted(callback: Fault) -> None:
+    def fit(regression: Any) -> float:
+        raise KeyboardInterrupt
+
+    callback.model.value_critic.fit = fit
+
+
+def is_silent(callback: Fault) -> None:
+    callback.model._processes._pulse._ended.set()
+    time.sleep(4)
+
+
+FAULTS: dict[Any, tuple[type[BaseException], str]] = {
+    raises: (KeyError, "rank 1 ended it: KeyError: .the callback's own"),
+    interrupts: (KeyboardInterrupt, "rank 1 ended it: KeyboardInterrupt"),
+    environment_raises: (OSError, "rank 1 ended it: OSError: the simulator has crashed"),
+    environment_is_nan: (ValueError, "rank 1 ended it: ValueError: The rollout holds a reward .* in environment 0"),
+    update_raises: (ZeroDivisionError, "rank 1 ended it: ZeroDivisionError: in the midst of the update"),
+    update_is_interrupted: (KeyboardInterrupt, "rank 1 ended it: KeyboardInterrupt"),
+    is_silent: (WorkerError, "rank 1 has given no sign of life for 2 s"),
+}
+
+
+class Noted(BaseCallback):
+    """Notes the model at each start of a rollout."""
+
+    def _on_rollout_start(self) -> None:
+        self.model.noted = flat(summary(self.model)[:1])
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def fail_on_one(rank: int, fault: Any) -> Any:
+    ProcessGroup.silence = 2.0 if fault is is_silent else 25.0
+    model = learner("trpo")
+    error: BaseException | None = None
+    try:
+        model.learn(5 * STEPS * 2 * RANKS, [Noted(), Fault(fault)] if rank == 1 else Noted())
+    except BaseException as caught:
+        error = caught
+    left = flat(summary(model)[:1])
+    noted = model.noted
+    for holder in (model.value_critic, model.env.unwrapped.envs[0].unwrapped):
+        vars(holder).pop("fit", None)
+        vars(holder).pop("step", None)
+    model.learn(STEPS * 2 * RANKS, reset_num_timesteps=False)
+    return type(error), str(error), noted, left, flat(summary(model))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_all_end_together_where_one_fails_and_may_go_on(ranks: Ranks, fault: Any) -> None:
+    kind, message = FAULTS[fault]
+    for rank, (found, text, noted, left, later) in enumerate(ranks(fail_on_one, fault)):
+        assert found is (kind if rank == 1 else WorkerError), text
+        assert rank == 1 or re.search(message, text), text
+        np.testing.assert_array_equal(noted, left)
+        if rank == 0:
+            first, first_later = left, later
+        np.testing.assert_array_equal(left, first)
+        np.testing.assert_array_equal(later, first_later)
+
+
+def stop_on_one(rank: int) -> Any:
+    model = learner("trpo")
+    model.learn(5 * STEPS * 2 * RANKS, Fault(stops) if rank == 1 else None)
+    stopped = model.num_timesteps, model._n_updates
+    model.learn(STEPS * 2 * RANKS, reset_num_timesteps=False)
+    return stopped, flat(summary(model))
+
+
+def test_all_stop_where_one_does(ranks: Ranks) -> None:
+    found = ranks(stop_on_one)
+    for stopped, later in found:
+        assert stopped == (STEPS * 2 * RANKS + 2 * (STEPS * (RANKS - 1) + 5), 1)
+        np.testing.assert_array_equal(later, found[0][1])
+
+
+def one_has_bad_samples(rank: int, what: str, form: str) -> Any:
+    model = learner(form)
+    model.learn(STEPS * 2 * RANKS)
+    shares = problem.Comparison._shares
+    before = flat(summary(model)[:1])
+
+    def infinite(self: Any, chunk: Any, output: Any, kl: Any) -> Any:
+        return shares(self, chunk, output, kl + np.inf if kl.any() else kl)
+
+    patched = patch.object(problem.Comparison, "_shares", infinite) if what == "KL" and rank == 1 else nullcontext()
+
+    class Spoil(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            if rank == 1 and what == "NaN":
+                model._check_rollout = lambda buffer: None
+                model.rollout_buffer.advantages[3] = np.nan
+
+        def _on_step(self) -> bool:
+            return True
+
+    with patched:
+        model.learn(STEPS * 2 * RANKS, Spoil(), reset_num_timesteps=False)
+    vars(model).pop("_check_rollout", None)
+    return list(model._reported_rejections), before, flat(summary(model))
+
+
+@pytest.mark.parametrize(
+    ("what", "form", "reason"),
+    [
+        ("KL", "trpo", "the KL divergence at the trial point is not finite"),
+        ("KL", "npg", "the objective or the KL divergence there is not finite"),
+        ("NaN", "trpo", "the gradient of the surrogate is not finite"),
+        ("NaN", "ppo", "the gradient of the loss is not finite"),
+        ("NaN", "ppo-target", "the gradient of the loss is not finite"),
+        ("NaN", "ppo-penalty", "the gradient of the loss is not finite"),
+    ],
+)
+def test_all_reject_what_is_not_finite_for_one(ranks: Ranks, what: str, form: str, reason: str) -> None:
+    found = ranks(one_has_bad_samples, what, form)
+    for reasons, before, after in found:
+        assert reasons == [reason]
+        np.testing.assert_array_equal(after, found[0][2])
+        if "ppo" in form:
+            np.testing.assert_array_equal(after[: len(before)], before)
+
+
+def evaluate_slowly(rank: int) -> Any:
+    ProcessGroup.silence = 2.0
+    model = learner("trpo")
+    start = time.monotonic()
+    model.learn(3 * STEPS * 2 * RANKS, main_only(Fault(lambda callback: time.sleep(6))))
+    return time.monotonic() - start, flat(summary(model))
+
+
+def test_a_slow_evaluation_is_waited_for(ranks: Ranks) -> None:
+    for seconds, after in (found := ranks(evaluate_slowly)):
+        assert seconds > 6
+        np.testing.assert_array_equal(after, found[0][1])
+
+
+SCRIPT = """
+import os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from stable_baselines3.common.callbacks import BaseCallback
+from sb3_trpo_ext import TRPO
+
+class Kill(BaseCallback):
+    def _on_step(self):
+        if os.environ["RANK"] == "1" and self.num_timesteps > 700:
+            print("killed", time.time(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+TRPO("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, device="cpu").learn(10_000, Kill())
+"""
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_the_loss_of_one_ends_all(by_torchrun: bool, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    if by_torchrun:
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(script)]
+        commands = [(run, os.environ)]
+    else:
+        commands = [
+            ([sys.executable, str(script)], {**os.environ, **launch(rank, port)})
+            for port in [free_port()]
+            for rank in range(RANKS)
+        ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, env=env, **pipes) for command, env in commands]
+    told = [process.communicate(timeout=90) for process in running]
+    killed = next(float(line.split()[1]) for out, _ in told for line in out.splitlines() if "killed" in line)
+    assert time.time() - killed < 35
+    for rank, (process, (_, err)) in enumerate(zip(running, told, strict=True)):
+        assert process.returncode
+        if by_torchrun:
+            assert "rank      : 1" in err and "Signal 9" in err
+        elif rank != 1:
+            assert "WorkerError: rank 1 was lost" in err
+
+
+# Files, callbacks, seeds, arguments.
+
+
+class Counts(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+def callbacks_of(rank: int, folder: str) -> Any:
+    kinds = {
+        "own": Counts(),
+        "own, main only": main_only(Counts()),
+        "checkpoint": CheckpointCallback(30, folder),
+        "checkpoint everywhere": every_rank(CheckpointCallback(30, folder)),
+        "within every": EveryNTimesteps(10, Counts()),
+        "within a list": CallbackList([Counts(), StopTrainingOnMaxEpisodes(10**6)]),
+        "evaluation of one's own": type("Own", (EvalCallback,), {})(make_vec_env("CartPole-v1"), eval_freq=10**6),
+    }
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=50, seed=0, tensorboard_log=folder, verbose=1)
+    model.learn(50 * RANKS, list(kinds.values()), progress_bar=True)
+    called: list[int] = []
+    model.learn(50 * RANKS, lambda *names: called.append(1) or True)
+    model.save(f"{folder}/model")
+    model.save(stream := io.BytesIO())
+    inner = [each.n_calls for each in kinds["within a list"].callbacks]
+    steps = model.num_timesteps
+    calls = {name: callback.n_calls for name, callback in kinds.items()} | {"function": len(called)}
+    return calls, inner, len(stream.getvalue()) > 1000, steps
+
+
+def test_callbacks_run_where_they_should_and_files_are_written_once(ranks: Ranks, tmp_path: Path) -> None:
+    for rank, (calls, inner, has_stream, steps) in enumerate(ranks(callbacks_of, str(tmp_path))):
+        mine = 50 if rank == 0 else 0
+        assert calls == {
+            "own": 50,
+            "own, main only": mine,
+            "checkpoint": mine,
+            "checkpoint everywhere": 50,
+            "within every": 50,
+            "within a list": 0,
+            "evaluation of one's own": mine,
+            "function": 50,
+        }
+        assert inner == [50, mine] and has_stream and steps == 50 * RANKS
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.zip", "rl_model_90_steps.zip", "TRPO_1", "TRPO_2"}
+    assert len(list(tmp_path.glob("TRPO_1/*"))) == 1
+
+
+def monitored(rank: int, folder: str, vec_env: str) -> Any:
+    kinds = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}
+    if vec_env == "monitor":
+        env: Any = VecMonitor(make_vec_env(RandomEnv, 2), folder)
+    else:
+        env = make_vec_env("CartPole-v1", 2, seed=3, monitor_dir=folder, vec_env_cls=kinds[vec_env])
+    model = TRPO("MlpPolicy", env, n_steps=50, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(2 * 50 * 2 * RANKS)
+    env.close()
+    return [info["r"] for info in model.ep_info_buffer], model.rollout_buffer.observations
+
+
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc", "monitor"])
+def test_monitors_write_the_episodes_of_the_first_rank_into_files_that_can_be_read(
+    ranks: Ranks, vec_env: str, tmp_path: Path
+) -> None:
+    found = ranks(monitored, str(tmp_path), vec_env)
+    table = load_results(str(tmp_path))
+    assert 0 < len(table) < len(found[0][0]) and set(np.round(table["r"], 4)) <= set(np.round(found[0][0], 4))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert not np.array_equal(found[0][1], found[1][1])
+
+
+class Alike(RandomEnv):
+    """Begins alike, whatever its seed."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        return super().reset(seed=0)
+
+
+def seeded_like(rank: int, seed: int | None) -> Any:
+    kind = Alike if seed is None else RandomEnv
+    env = DummyVecEnv([lambda: kind(action_space=ACTION_SPACES["box"])] * 2)
+    model = TRPO("MlpPolicy", env, n_steps=STEPS, seed=seed, device="cpu")
+    first = None
+
+    class First(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            nonlocal first
+            first = self.model._last_obs
+
+        def _on_step(self) -> bool:
+            return False
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(1, First())
+    return first, [str(each.message) for each in caught], model.rollout_buffer.actions[0]
+
+
+def test_environments_are_seeded_as_those_of_one_process_would_be(ranks: Ranks) -> None:
+    found = ranks(seeded_like, 5)
+    env = make_vec_env(lambda: RandomEnv(action_space=ACTION_SPACES["box"]), 2 * RANKS)
+    env.seed(5)
+    np.testing.assert_array_equal(np.concatenate([first for first, _, _ in found]), env.reset())
+    assert not any("first observations" in text for _, texts, _ in found for text in texts)
+
+
+def test_ranks_that_begin_alike_are_warned_of(ranks: Ranks) -> None:
+    (_, texts, _), *others = ranks(seeded_like, None)
+    assert any("first observations of ranks 0 and 1 are the same" in text for text in texts)
+    assert not any("first observations" in text for _, texts, _ in others for text in texts)
+
+
+def differing(rank: int) -> Any:
+    messages = []
+    for options in ({"gamma": 0.9 + 0.01 * (rank == 2)}, {"policy_kwargs": {"net_arch": [8 + rank]}}):
+        model = TRPO("MlpPolicy", "CartPole-v1", n_steps=50, device="cpu", **options)
+        with pytest.raises(ValueError, match="All workers must be set up alike") as caught:
+            model.learn(50)
+        messages.append(str(caught.value))
+    for options in ({"batch_size": 64}, {"batch_size": 66, "distributed": 1}):
+        with pytest.raises(ValueError, match=r"batch_size|distributed") as caught:
+            PPOClip("MlpPolicy", "CartPole-v1", device="cpu", **options)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_workers_that_are_not_alike_are_refused(ranks: Ranks) -> None:
+    for gamma, shape, size, flag in ranks(differing):
+        assert "`gamma` is 0.9 on rank 0 and 0.91 on rank 2" in gamma
+        assert "`parameters` is" in shape and "on rank 1" in shape
+        assert "`batch_size` is the size of a minibatch of all workers together" in size and "got 64. Pass 63" in size
+        assert "`distributed` must be True or False, got 1" in flag
+
+
+def apart(rank: int, folder: str) -> Any:
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, device="cpu", distributed=False).learn(300)
+    model.save(f"{folder}/{rank}")
+    again = TRPO.load(f"{folder}/{rank}", env=model.env)
+    joint = TRPO.load(f"{folder}/0", env=model.env, distributed=True)
+    joint.learn(100 * RANKS)
+    assert model.reduction.workers == again.reduction.workers == 1 and joint.reduction.workers == RANKS
+    return flat([[p.detach() for p in model.policy.parameters()]]), joint.num_timesteps
+
+
+def test_distributed_false_is_a_single_process(ranks: Ranks, tmp_path: Path) -> None:
+    alone = TRPO("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, device="cpu").learn(300)
+    for found, steps in ranks(apart, str(tmp_path)):
+        np.testing.assert_array_equal(found, flat([[p.detach() for p in alone.policy.parameters()]]))
+        assert steps == 100 * RANKS
+
+
+def test_the_zoo_makes_one_run_of_it(tmp_path: Path) -> None:
+    program = ["-m", "sb3_trpo_ext.zoo", "train", "--algo", "trpo", "--env", "CartPole-v1", "-n", "1500"]
+    options = ["--eval-freq", "600", "--save-freq", "600", "-f", str(tmp_path / "logs"), "-tb", str(tmp_path / "tb")]
+    options += ["-params", "n_steps:100", "n_envs:1", "normalize:True"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    subprocess.run([*launcher, *program, *options], check=True, capture_output=True, timeout=120)
+    (run,) = (tmp_path / "logs" / "trpo").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} <= names
+    assert (run / "CartPole-v1" / "vecnormalize.pkl").exists()
+    assert {name for name in names if name.startswith("rl_")} == {"rl_model_600_steps.zip", "rl_model_1200_steps.zip"}
+    assert len(list((tmp_path / "tb").rglob("events*"))) == 1
+    assert TRPO.load(run / "CartPole-v1.zip").num_timesteps == 1500

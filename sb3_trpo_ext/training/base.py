@@ -43,7 +43,6 @@ from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.rollout.known_classes import looks
 from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
 from sb3_trpo_ext.training.checkpoint import ResumableAlgorithm
-from sb3_trpo_ext.training.parallel import ParallelAlgorithm
 from sb3_trpo_ext.training.transaction import (
     Atomic,
     Attributes,
@@ -88,7 +87,7 @@ class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
-class TrustRegionAlgorithm(ResumableAlgorithm, ParallelAlgorithm):
+class TrustRegionAlgorithm(ResumableAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
     A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy

@@ -1,4 +1,9 @@
-"""Runs that go on after their process was killed: ``learn(..., checkpoint_dir=...)``."""
+"""Runs that go on after their process was killed: ``learn(..., checkpoint_dir=...)``.
+
+Of several workers each writes a part, with its own environments and random generators. All write at the same moments,
+and go on from the same checkpoint; with another number of workers all have the state of the first one, and begin new
+episodes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,6 @@ import torch
 from gymnasium import Env, spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from torch import nn
@@ -37,6 +41,7 @@ from sb3_trpo_ext.rollout.object_state import (
     space_generators,
 )
 from sb3_trpo_ext.training.checkpoint_files import Checkpoint, CheckpointFolder
+from sb3_trpo_ext.training.parallel import ParallelAlgorithm
 from sb3_trpo_ext.training.transaction import Atomic, Restorable
 from sb3_trpo_ext.training.transaction import Attributes as AttributesAsTheyWere
 
@@ -57,6 +62,8 @@ ELSEWHERE = (
     "_plain_policy",
     "_last_stand_in",
     "_run",
+    "_processes",
+    "_session",
 )
 """Attributes of a model that are saved otherwise, or made anew."""
 
@@ -73,6 +80,7 @@ MAY_DIFFER = {
     "fast_rollouts",
     "fast_updates",
     "stats_window_size",
+    "distributed",
 }
 """Arguments that a run may be continued with other values of: they are not what is learnt."""
 
@@ -90,7 +98,7 @@ class AlreadyFinishedError(Exception):
     """The run in the directory is at its end; caught by ``learn``."""
 
 
-class ResumableAlgorithm(OnPolicyAlgorithm):
+class ResumableAlgorithm(ParallelAlgorithm):
     """An algorithm whose runs are written down between updates, and go on from there in another process.
 
     A subclass calls `_between_updates` before it collects a rollout.
@@ -126,7 +134,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             super().learn(**arguments)
             return self
         began = 0 if reset_num_timesteps else self.num_timesteps
-        run = Run(self, CheckpointFolder(checkpoint_dir), checkpoint_freq, began, began + total_timesteps, log_interval)
+        folder = CheckpointFolder(checkpoint_dir, self.reduction.rank, self.reduction.workers)
+        run = Run(self, folder, checkpoint_freq, began, began + total_timesteps, log_interval)
         with run:
             try:
                 super().learn(**arguments | {"log_interval": run.log_interval})
@@ -208,6 +217,7 @@ class Run:
         self._asked_log_interval = log_interval
         self._identity = _identity(model)
         self._found = self._usable(folder.newest())
+        self._agree_on(self._found.path.name if self._found is not None else None)
         self._terminated = False
         self._pending: bytes | None = None
         self._iterations = self._iterations_before = 0
@@ -252,9 +262,24 @@ class Run:
         self._tell(f"SIGTERM. A checkpoint at {self._last_at} timesteps {where}; the same command goes on from there.")
         raise SystemExit(0)
 
-    @staticmethod
-    def _tell(text: str) -> None:
-        print(text, flush=True)
+    def _tell(self, text: str) -> None:
+        if not self._model.reduction.rank:
+            print(text, flush=True)
+
+    def _told_by_all(self, mine: Any) -> list[Any]:
+        """What each worker says."""
+        processes = self._model._processes
+        return [mine] if processes is None else list(processes.exchange(mine))
+
+    def _agree_on(self, name: str | None) -> None:
+        """Raise `ValueError` if workers find different checkpoints."""
+        found = self._told_by_all(name)
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} must be one directory for all workers, but the newest "
+                f"checkpoints that they find there are {', '.join(map(str, found))}, rank by rank. Pass a directory "
+                "that all of them share."
+            )
 
     @property
     def log_interval(self) -> int | None:
@@ -302,10 +327,14 @@ class Run:
         """Before a rollout: bring the rest of the run back, or write it down if it is time."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._state.resume(self._state.read(pending), self._total)
+            assert self._found is not None  # where that is from
+            self._state.resume(self._state.read(pending), self._total, workers=self._found.manifest["world_size"])
             self._due_since = time.monotonic()
-        elif self._iterations > self._iterations_before and (self._terminated or self._is_due()):
-            self._write()
+        else:
+            told = self._told_by_all((self._terminated, self._is_due()))
+            self._terminated = any(terminated for terminated, _ in told)
+            if self._iterations > self._iterations_before and (self._terminated or told[0][1]):
+                self._write()
         if self._terminated:
             self._leave()
         self._iterations += 1
@@ -315,6 +344,7 @@ class Run:
         model = self._model
         if model.num_timesteps >= self._total:
             self._write(finished=True)
+            self._terminated = any(self._told_by_all(self._terminated))
         else:
             self._tell(
                 f"A callback stopped the run in {self._folder.path} at {model.num_timesteps} of {self._total} "
@@ -331,28 +361,43 @@ class Run:
 
     def _write(self, finished: bool = False) -> None:
         """Write a checkpoint; a disk that is full does not end the run."""
-        steps = self._model.num_timesteps
+        steps, parts, problem = self._model.num_timesteps, self._last_written[1], ""
+        if self._last_written[0] != steps:
+            told = self._told_by_all(self._part_or_problem(steps))
+            problem = next((each for each in told if isinstance(each, str)), "")
+            parts = [each for each in told if not isinstance(each, str)]
+        if not problem and not self._model.reduction.rank:
+            problem = self._problem_with_manifest(steps, parts, finished)
+        if not problem:
+            self._last_written = steps, parts
+        elif self._terminated:
+            raise OSError(problem)
+        else:
+            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {problem}", stacklevel=2)
+        self._last_at, self._due_since = steps, time.monotonic()
+
+    def _part_or_problem(self, steps: int) -> dict[str, Any] | str:
+        """Write this worker's part; what the manifest is to say of it, or why it could not be written."""
         try:
-            if self._last_written[0] == steps:
-                parts = self._last_written[1]
-            else:
-                parts = [self._folder.write_part(steps, self._state.taken(self._iterations))]
-            said = {
-                "finished": finished,
-                "began": self._began,
-                "total": self._total,
-                "run": self._identity,
-                "tensorboard": self._tensorboard_folder(),
-                "versions": _versions(),
-            }
+            return self._folder.write_part(steps, self._state.taken(self._iterations))
+        except OSError as error:
+            return str(error)
+
+    def _problem_with_manifest(self, steps: int, parts: list[dict[str, Any]], finished: bool) -> str:
+        """Write the manifest; why it could not be written, or nothing."""
+        said = {
+            "finished": finished,
+            "began": self._began,
+            "total": self._total,
+            "run": self._identity,
+            "tensorboard": self._tensorboard_folder(),
+            "versions": _versions(),
+        }
+        try:
             self._folder.write_manifest(steps, parts, said)
         except OSError as error:
-            if self._terminated:
-                raise
-            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {error}", stacklevel=2)
-        else:
-            self._last_written = steps, parts
-        self._last_at, self._due_since = steps, time.monotonic()
+            return str(error)
+        return ""
 
     def _tensorboard_folder(self) -> str | None:
         writes = any(isinstance(each, TensorBoardOutputFormat) for each in self._model.logger.output_formats)
@@ -431,7 +476,7 @@ class RunState:
 
     def __init__(self, model: Any, callback: BaseCallback) -> None:
         self._model = model
-        self._callbacks = dict(_callbacks(callback))
+        self._callbacks = dict(_callbacks(getattr(callback, "counted", callback)))
         self._other_envs = {
             f"{path}.{name}": value
             for path, each in self._callbacks.items()
@@ -555,25 +600,39 @@ class RunState:
             elif path != "callback" or kind != "ConvertCallback":
                 warnings.warn(f"The run had another callback, {kind}, whose state is dropped.", stacklevel=4)
 
-    def resume(self, state: Mapping[str, Any], total: int) -> None:
-        """Give everything its state, and let environments that do not go on begin new episodes."""
+    def resume(self, state: Mapping[str, Any], total: int, *, workers: int) -> None:
+        """Give everything its state, and let environments that do not go on begin new episodes.
+
+        Args:
+            state: What `read` returned.
+            total: ``num_timesteps`` at the end of the run.
+            workers: How many had written it.
+        """
         model = self._model
-        self.put(state, callbacks=True, environments=True)
+        rank, now = model.reduction.rank, model.reduction.workers
+        self.put(state, callbacks=rank < workers, environments=True)
         model._total_timesteps = total
-        if self.is_exact(state):
+        if now != workers:
+            model._part_from_the_first()
+        if self.is_exact(state) and now == workers:
+            model._note_statistics()
             return
         reason = self._envs.reason or "they could not be saved"
+        if now != workers:
+            reason = f"the run had {workers} workers, and has {now}"
+        generators = _generators()
         warnings.warn(
             f"The environments begin new episodes, and all else goes on exactly: {reason}.",
             UserWarning,
             stacklevel=4,
         )
-        seed = None if model.seed is None else (model.seed + model.num_timesteps) % 2**31
+        seed = None if model.seed is None else (model.seed + model.num_timesteps + rank * model.n_envs) % 2**31
         model._last_obs = self._envs.restarted(seed)
         model._last_episode_starts = np.ones(model.env.num_envs, dtype=bool)
         if model._vec_normalize_env is not None:
             model._last_original_obs = model._vec_normalize_env.get_original_obs()
-        _put_generators(state["generators"])
+        _put_generators(generators)
+        model._note_statistics()
 
 
 LIBRARIES = ("stable_baselines3.", "sb3_contrib.", "rl_zoo3.", "sb3_trpo_ext.")

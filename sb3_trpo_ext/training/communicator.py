@@ -144,6 +144,8 @@ class ProcessGroup:
 
     def _send(self, vector: Tensor, start: Callable[[Any], Any]) -> None:
         """Take part in a message, and wait until it is complete."""
+        if self._pulse is not None and self._pulse.is_lost:  # a second run may be started in the place of this one
+            raise WorkerError("torchrun, or whoever keeps the store of torch.distributed, was lost.")
         work = None
         group = self._ready()
         try:
@@ -290,12 +292,16 @@ class _Pulse:
     Args:
         store: The store.
         rank: Whose.
+
+    Attributes:
+        is_lost: Whether the store has gone, and torchrun, or whoever had it, with it.
     """
 
     def __init__(self, store: Any, rank: int) -> None:
         self._store = store.clone() if hasattr(store, "clone") else store
         self._key = f"sb3_trpo_ext/beat/{rank}"
         self._ended = threading.Event()
+        self.is_lost = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="sb3_trpo_ext-pulse")
 
     def __enter__(self) -> _Pulse:
@@ -311,7 +317,8 @@ class _Pulse:
             try:
                 self._store.set(self._key, str(time.time()))
             except RuntimeError:
-                return  # with the store the others are lost, and whoever waits for them will say so
+                self.is_lost = not self._ended.is_set()
+                return
             if self._ended.wait(BEAT):
                 return
 

@@ -146,7 +146,20 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
 
+    def _part_from_the_first(self) -> None:
+        """Be a worker of one's own, having taken over all that the first of other workers had."""
+        if "_past_rollouts" in vars(self):  # of the first worker's environments
+            setattr(self, "_past_rollouts", ())  # noqa: B010  # declared where it is used
+        self._part_random_streams()
+        if self.reduction.rank:
+            self.action_space.seed(int(np.random.randint(2**31)))
+
     # Learning.
+
+    def _note_statistics(self) -> None:
+        """Take the running statistics of the environments as they are for those that all workers have."""
+        if self._session is not None:
+            self._session.note_statistics()
 
     def _together(self) -> AbstractContextManager[None]:
         """What all workers do or none; see `ProcessGroup.together`."""
@@ -288,8 +301,12 @@ class Session:
         self.seeds_are_apart = self._part_seeds([seeds for _, seeds, _ in told])
         if len({state for _, _, state in told}) > 1:
             self._take_over()
-        self._merged = [_statistics(each) for each in self._normalizers]
+        self.note_statistics()
         keep_one_monitor(model.env, is_first=not processes.rank)
+
+    def note_statistics(self) -> None:
+        """Running statistics are the same for all workers now: what is added from here on is to be merged."""
+        self._merged = [_statistics(each) for each in self._normalizers]
 
     def _part_seeds(self, seeds: list[list[int | None]]) -> bool:
         """Seed environment i of worker r as r·E + i where workers would seed theirs alike; whether all differ now."""
@@ -649,6 +666,7 @@ class CountingCallback(CallbackList):
 
     def __init__(self, callback: BaseCallback, workers: int) -> None:
         super().__init__([callback])
+        self.counted = callback
         self._others = workers - 1
 
     def on_step(self) -> bool:

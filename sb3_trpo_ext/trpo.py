@@ -124,6 +124,12 @@ class TRPO(NaturalGradientAlgorithm):
             longer; False is SB3's own loop.
         fast_updates: Compute updates without autograd where the policy is of plain layers on the CPU (``update_path``
             tells): the same numbers up to the rounding of float32, in a fraction of the time. False is autograd.
+        distributed: Where ``torchrun`` started this process beside others, train one model together with them. The
+            script stays as it is: each process has environments of its own, ``n_envs`` and ``n_steps`` are those of
+            one process, and ``total_timesteps``, ``num_timesteps``, ``curvature_samples`` and ``batch_size`` are of
+            all. W processes with E environments each take the update of one process with W·E. Environment i of
+            process r has the seed of environment r·E + i. Process 0 writes logs and files and runs SB3's callbacks;
+            see `main_only` and `every_rank`. False trains each process by itself.
         _init_setup_model: Build the networks at construction.
 
     Raises:

@@ -76,24 +76,9 @@ class Reduction:
             values: This worker's.
             weights: What a sample weighs, ``(n,)``; None for equal weights. Those of weight zero do not count.
         """
-        wide = values.detach().double()
-        given = wide.new_ones(wide.shape[-1]) if weights is None else weights.double()
-        here = given.sum()
-        mean = (given * wide).sum(dim=-1) / here if bool(here > 0) else torch.zeros_like(wide[..., 0])
-        deviation = (given * (wide - mean[..., None]).square()).sum(dim=-1)
-        message = torch.cat([mean.flatten(), deviation.flatten(), torch.stack([here, (given > 0).sum().double()])])
-        size = mean.numel()
-        parts = self.gather(message).view(self.workers, -1)
-        mean, deviation = parts.new_zeros(size), parts.new_zeros(size)
-        weight = count = parts.new_zeros(())
-        for part in parts[parts[:, -2] > 0]:
-            together = weight + part[-2]
-            apart = part[:size] - mean
-            deviation = deviation + part[size : 2 * size] + apart.square() * (weight * part[-2] / together)
-            mean = mean + apart * (part[-2] / together)
-            weight, count = together, count + part[-1]
-        variance = deviation / weight * (count / (count - 1))
-        return mean.view(wide.shape[:-1]), variance.view(wide.shape[:-1])
+        parts = self.gather(moments_here(values, weights)).view(self.workers, -1)
+        mean, variance = merged_moments(parts)
+        return mean.view(values.shape[:-1]), variance.view(values.shape[:-1])
 
     # Over samples.
 
@@ -153,6 +138,42 @@ class Reduction:
             return list(shares)
         flat = self.total(flatten(shares))
         return list(unflatten(flat, shares))
+
+
+def moments_here(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What `merged_moments` is to be told of one worker's samples; see `Reduction.moments`.
+
+    Args:
+        values: S quantities of each sample, ``(..., n)``.
+        weights: What a sample weighs, ``(n,)``; None for equal weights.
+
+    Returns:
+        The S means and sums of squared deviations, the sum of weights and the number of samples, ``(2S + 2,)``.
+    """
+    wide = values.detach().double()
+    given = wide.new_ones(wide.shape[-1]) if weights is None else weights.double()
+    here = given.sum()
+    mean = (given * wide).sum(dim=-1) / here if bool(here > 0) else torch.zeros_like(wide[..., 0])
+    deviation = (given * (wide - mean[..., None]).square()).sum(dim=-1)
+    return torch.cat([mean.flatten(), deviation.flatten(), torch.stack([here, (given > 0).sum().double()])])
+
+
+def merged_moments(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over all workers, ``(S,)`` each.
+
+    Args:
+        parts: `moments_here` of each worker, ``(W, 2S + 2)``.
+    """
+    size = (parts.shape[1] - 2) // 2
+    mean, deviation = parts.new_zeros(size), parts.new_zeros(size)
+    weight = count = parts.new_zeros(())
+    for part in parts[parts[:, -2] > 0]:
+        together = weight + part[-2]
+        apart = part[:size] - mean
+        deviation = deviation + part[size : 2 * size] + apart.square() * (weight * part[-2] / together)
+        mean = mean + apart * (part[-2] / together)
+        weight, count = together, count + part[-1]
+    return mean, deviation / weight * (count / (count - 1))
 
 
 ALONE = Reduction()

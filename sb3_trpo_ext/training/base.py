@@ -458,7 +458,7 @@ class TrustRegionAlgorithm(ResumableAlgorithm):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for key, value in record.items():
+        for key, value in (record | self._messages_since()).items():
             self.logger.record(key, value)
 
     def _report(self, outcome: Outcome) -> None:

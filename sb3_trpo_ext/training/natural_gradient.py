@@ -18,6 +18,7 @@ from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import leave_gradients
 from sb3_trpo_ext.critic import make_critic
 from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
+from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
@@ -269,6 +270,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             minibatches_are_parts=type(self.rollout_buffer) in VIEWED_BUFFERS,
             plain=self._plain_policy,
         )
+
+    def _must_compute_alike(self) -> bool:
+        return type(self.value_critic) is not GaussNewtonCritic  # as for the policy: one gradient, one direction
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return *super()._checkpoints(), StateCheckpoint(self.value_critic)

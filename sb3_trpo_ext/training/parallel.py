@@ -40,10 +40,11 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_trpo_ext.core.arguments import values_of
-from sb3_trpo_ext.core.reduction import ALONE, Reduction, SharedReduction
+from sb3_trpo_ext.core.reduction import ALONE, Reduction, SharedReduction, merged_moments, moments_here
+from sb3_trpo_ext.rollout.buffers import by_time
 from sb3_trpo_ext.training.communicator import ProcessGroup, has_own_gpu, launched
 
 BASES = (BaseCallback, EventCallback, CallbackList, ConvertCallback)
@@ -219,12 +220,18 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
     # Updates.
 
     def _stand_in_of_all(self) -> Any:
-        """What computes an update by hand, if every worker can."""
+        """What computes an update by hand; where messages depend on who computes it, if every worker can."""
         found = self._stand_in()  # type: ignore[attr-defined]
-        if self.reduction.workers > 1 and self.reduction.any(torch.tensor(found is None)) and found is not None:
-            self.update_path = "autograd: another worker does without fast updates"
-            return None
+        if self.reduction.workers > 1 and self._must_compute_alike():
+            others_cannot = self.reduction.any(torch.tensor(found is None))
+            if others_cannot and found is not None:
+                self.update_path = "autograd: another worker does without fast updates"
+                return None
         return found
+
+    def _must_compute_alike(self) -> bool:
+        """Whether an update by hand sends other messages than one by autograd."""
+        return True
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
@@ -233,10 +240,21 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         for buffer, shared in zip(buffers, self.reduction.of_first(buffers) if buffers else [], strict=True):
             buffer.copy_(shared)
 
+    def _messages_since(self) -> dict[str, float]:
+        """How many messages, and how many bytes in them, an update and the rollout before it took; to be logged."""
+        if self._processes is None:
+            return {}
+        messages, size = self._processes.messages, self._processes.bytes
+        self._processes.messages = self._processes.bytes = 0
+        return {"train/messages": messages, "train/message_bytes": size}
+
     def _explained_variance_of_all(self, values: np.ndarray, returns: np.ndarray) -> float:
         """SB3's ``explained_variance`` over all workers."""
-        both = torch.as_tensor(np.stack([returns, returns - values]))
-        variance, unexplained = self.reduction.moments(both)[1].tolist()
+        parts = None if self._session is None else self._session.moments_of_returns
+        if parts is None:
+            both = torch.as_tensor(np.stack([returns, returns - values]))
+            parts = self.reduction.gather(moments_here(both)).view(self.reduction.workers, -1)
+        variance, unexplained = merged_moments(parts)[1].tolist()
         return math.nan if variance == 0 else 1.0 - unexplained / variance
 
     # Files.
@@ -268,7 +286,12 @@ class Session:
     Args:
         model: The model of this worker.
         processes: All of them.
+
+    Attributes:
+        moments_of_returns: What each worker said of the returns of the last rollout; see `core.reduction`.
     """
+
+    moments_of_returns: torch.Tensor | None = None
 
     def __init__(self, model: Any, processes: ProcessGroup) -> None:
         self._model, self._processes = model, processes
@@ -390,9 +413,11 @@ class Session:
             list(model.ep_info_buffer)[len(infos) :],
             list(model.ep_success_buffer)[len(successes) :],
             [_statistics(each) for each in self._normalizers],
+            self._moments_here() if completed else None,
         )
         told = processes.exchange(mine)
-        all_completed, steps, fingerprints, new_infos, new_successes, statistics = zip(*told, strict=True)
+        all_completed, steps, fingerprints, new_infos, new_successes, statistics, moments = zip(*told, strict=True)
+        self.moments_of_returns = torch.as_tensor(np.stack(moments)) if all(all_completed) else None
         for rank, fingerprint in enumerate(fingerprints):
             if fingerprint != fingerprints[0]:
                 raise RuntimeError(
@@ -405,6 +430,12 @@ class Session:
             self._merged[index] = merged(self._merged[index], [each[index] for each in statistics])
             _set_statistics(normalizer, self._merged[index])
         return all(all_completed)
+
+    def _moments_here(self) -> np.ndarray:
+        """Those of the returns, and of what the values leave unexplained of them."""
+        buffer = self._model.rollout_buffer
+        values, returns = (by_time(buffer, array).ravel() for array in (buffer.values, buffer.returns))
+        return moments_here(torch.as_tensor(np.stack([returns, returns - values]))).numpy()
 
     def _fingerprint(self) -> tuple[int, ...]:
         """A checksum of parameters and buffers, of the optimiser's and of the critic's state, and of attributes."""
@@ -560,12 +591,30 @@ def keep_one_monitor(env: VecEnv, *, is_first: bool) -> None:
             writer.close()
             holder.results_writer = None
     innermost = list(_layers(env))[-1]
-    if not is_first and not isinstance(innermost, DummyVecEnv):
-        # Environments in other processes; those that have no monitor refuse to set what it has.
-        try:
-            innermost.env_method("set_wrapper_attr", "results_writer", None, force=False)
-        except (AttributeError, TypeError):
-            return
+    sets = getattr(gym.Wrapper, "set_wrapper_attr", None)
+    if isinstance(innermost, SubprocVecEnv) and sets is not None and "force" in inspect.signature(sets).parameters:
+        innermost.env_method("set_wrapper_attr", "results_writer", _Writer() if is_first else None, force=False)
+
+
+class _Writer:
+    """Stands for the writer that a monitor in another process has, whose file gets its head again as it arrives."""
+
+    def __reduce__(self) -> Any:
+        return _writer_of_this_process, ()
+
+
+def _writer_of_this_process() -> ResultsWriter | None:
+    """The writer of the environment that the loop of a `SubprocVecEnv`, which reads this, runs."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        env = frame.f_locals.get("env")
+        if isinstance(env, gym.Env):
+            for holder in _wrapped_monitors(env):
+                if holder.results_writer is not None:
+                    _write_head(holder, holder.results_writer)
+                return holder.results_writer
+        frame = frame.f_back
+    return None
 
 
 def _monitors(env: VecEnv) -> Iterator[Any]:
@@ -573,11 +622,14 @@ def _monitors(env: VecEnv) -> Iterator[Any]:
         if isinstance(layer, VecMonitor):
             yield layer
         for each in getattr(layer, "envs", []):
-            inner: Any = each
-            while isinstance(inner, gym.Wrapper):
-                if isinstance(inner, Monitor):
-                    yield inner
-                inner = inner.env
+            yield from _wrapped_monitors(each)
+
+
+def _wrapped_monitors(env: Any) -> Iterator[Monitor]:
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, Monitor):
+            yield env
+        env = env.env
 
 
 def _write_head(holder: Any, writer: ResultsWriter) -> None:

@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -83,7 +84,25 @@ PACKAGES = ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "gymnasium", "to
 POINTS = 11
 """Where a schedule is compared with another."""
 
+WITHOUT_STATE = ("ConvertCallback", "CallbackList", "ProgressBarCallback")
+"""Callbacks that a run may be continued without."""
+
 SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+class Ranks:
+    """The processes that train together: this one alone."""
+
+    rank = 0
+    world_size = 1
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of them."""
+        return flag
+
+    def gathered(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each has written, once all have."""
+        return [entry]
 
 
 class AlreadyFinishedError(Exception):
@@ -126,7 +145,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
             super().learn(**arguments)
             return self
         began = 0 if reset_num_timesteps else self.num_timesteps
-        run = Run(self, CheckpointFolder(checkpoint_dir), checkpoint_freq, began, began + total_timesteps, log_interval)
+        run = Run(self, checkpoint_dir, checkpoint_freq, began, began + total_timesteps, log_interval, self._ranks())
         with run:
             try:
                 super().learn(**arguments | {"log_interval": run.log_interval})
@@ -159,6 +178,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
                 return
         super().dump_logs(iteration)
 
+    def _ranks(self) -> Ranks:
+        """The processes that train together, each of which writes its part of a checkpoint."""
+        return Ranks()
+
     def _checkpoints(self) -> tuple[Restorable, ...]:
         """All that an update may change."""
         return ()
@@ -187,23 +210,26 @@ class Run:
 
     Args:
         model: The model that learns.
-        folder: Where the checkpoints are.
+        path: Where the checkpoints are.
         freq: Timesteps between two; None for `SECONDS_BETWEEN`.
         began: ``num_timesteps`` at the beginning of the call.
         total: ``num_timesteps`` at its end.
         log_interval: Of ``learn``.
+        ranks: The processes that train together.
     """
 
     def __init__(
         self,
         model: Any,
-        folder: CheckpointFolder,
+        path: str | os.PathLike[str],
         freq: int | None,
         began: int,
         total: int,
         log_interval: int | None,
+        ranks: Ranks,
     ) -> None:
-        self._model, self._folder, self._freq = model, folder, freq
+        self._model, self._freq, self._ranks = model, freq, ranks
+        self._folder = folder = CheckpointFolder(path, ranks.rank, ranks.world_size)
         self._began, self._total = began, total
         self._asked_log_interval = log_interval
         self._identity = _identity(model)
@@ -274,11 +300,14 @@ class Run:
     def begin(self, callback: BaseCallback) -> None:
         """All is prepared: learn what there is to be written, and bring back what was."""
         self._state = RunState(self._model, callback)
+        self._identity["the environment"] = self._state.environment
         self._due_since = time.monotonic()
         if self._found is None:
             self._state.taken()  # what cannot be taken is known now
             return
         manifest = self._found.manifest
+        self._require_same(manifest["run"])
+        self._state.world = self._found.own, manifest["world_size"], self._ranks.world_size
         self._last_at = manifest["steps"]
         finished = manifest["steps"] >= self._total
         state = self._state.read(self._found.part)
@@ -296,6 +325,7 @@ class Run:
             raise AlreadyFinishedError
         # Again before the first rollout: callbacks may change anything when training starts.
         self._pending = self._found.part
+        self._found = replace(self._found, part=b"")
         self._tell(f"Resumed from {self._found.path}, at {manifest['steps']} of {self._total} timesteps.")
 
     def between_updates(self) -> None:
@@ -304,8 +334,11 @@ class Run:
             pending, self._pending = self._pending, None
             self._state.resume(self._state.read(pending), self._total)
             self._due_since = time.monotonic()
-        elif self._iterations > self._iterations_before and (self._terminated or self._is_due()):
-            self._write()
+        else:
+            self._terminated = self._ranks.any(self._terminated)
+            due = self._ranks.any(self._is_due())
+            if self._iterations > self._iterations_before and (self._terminated or due):
+                self._write()
         if self._terminated:
             self._leave()
         self._iterations += 1
@@ -336,7 +369,7 @@ class Run:
             if self._last_written[0] == steps:
                 parts = self._last_written[1]
             else:
-                parts = [self._folder.write_part(steps, self._state.taken(self._iterations))]
+                parts = self._ranks.gathered(self._folder.write_part(steps, self._state.taken(self._iterations)))
             said = {
                 "finished": finished,
                 "began": self._began,
@@ -345,7 +378,8 @@ class Run:
                 "tensorboard": self._tensorboard_folder(),
                 "versions": _versions(),
             }
-            self._folder.write_manifest(steps, parts, said)
+            if self._ranks.rank == 0:
+                self._folder.write_manifest(steps, parts, said)
         except OSError as error:
             if self._terminated:
                 raise
@@ -376,12 +410,7 @@ class Run:
                 f"timesteps, and this one begins at {self._began}. Use a directory for each call, and start with the "
                 "model that the call began with."
             )
-        differences = _differences(there["run"], self._identity)
-        if differences:
-            raise ValueError(
-                f"`checkpoint_dir` {str(self._folder.path)!r} holds another run: {'; '.join(differences)}. Start the "
-                "same command again, or use an empty directory for another run."
-            )
+        self._require_same(there["run"])
         others = {name: (old, new) for name, new in _versions().items() if (old := there["versions"].get(name)) != new}
         if others:
             listing = ", ".join(f"{name} {old} there, {new} here" for name, (old, new) in others.items())
@@ -389,6 +418,14 @@ class Run:
                 f"The run was begun with other versions, and may differ in last bits: {listing}.", stacklevel=5
             )
         return found
+
+    def _require_same(self, there: Mapping[str, str]) -> None:
+        differences = _differences(there, self._identity)
+        if differences:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} holds another run: {'; '.join(differences)}. Start the "
+                "same command again, or use an empty directory for another run."
+            )
 
 
 class _SameFolder:
@@ -427,11 +464,15 @@ class RunState:
     Args:
         model: The model, whose ``learn`` is prepared.
         callback: The callback of ``learn``.
+
+    Attributes:
+        world: Whether what is read was written by this rank, how many there were, and how many there are.
     """
 
     def __init__(self, model: Any, callback: BaseCallback) -> None:
         self._model = model
-        self._callbacks = dict(_callbacks(callback))
+        self.world = (True, 1, 1)
+        self._callbacks = _named(_callbacks(callback))
         self._other_envs = {
             f"{path}.{name}": value
             for path, each in self._callbacks.items()
@@ -444,6 +485,13 @@ class RunState:
         self._attributes = {"model": attributes} | {
             path: Attributes(each, self._references, skip=OF_A_CALLBACK) for path, each in self._callbacks.items()
         }
+        buffer = model.rollout_buffer
+        if not _is_of_library(buffer):
+            self._attributes["rollout_buffer"] = Attributes(buffer, self._references, skip=_rows_of(buffer))
+        for name, module in model.policy.named_modules():
+            if not _is_of_library(module):
+                skip = (*vars(nn.Module()), *(key for key, value in vars(module).items() if not is_data(value)))
+                self._attributes[f"policy.{name}"] = Attributes(module, self._references, skip=skip)
         self._envs = EnvStates(model.env, self._references)
         self._other_states = {
             path: EnvStates(each, self._references)
@@ -451,6 +499,11 @@ class RunState:
             if isinstance(each, VecEnv)
         }
         self._told: set[str] = set()
+
+    @property
+    def environment(self) -> str:
+        """The environments in words."""
+        return self._envs.description
 
     def _objects(self) -> Iterator[tuple[str, Any]]:
         """What a pickle names and does not hold."""
@@ -484,7 +537,7 @@ class RunState:
         return [*self._attributes.values(), *(each for several in wrappers for each in several)]
 
     def _tell_of_what_is_left_out(self) -> None:
-        own = (each for each in self._all_attributes() if not type(each.owner).__module__.startswith(LIBRARIES))
+        own = (each for each in self._all_attributes() if not _is_of_library(each.owner))
         for each in own:
             for name, kind in each.left_out.items():
                 place = f"`{type(each.owner).__name__}.{name}`"
@@ -500,7 +553,6 @@ class RunState:
             "parameters": model.get_parameters(),
             "gradients": [param.grad for param in model.policy.parameters()],
             "attributes": {path: each.values() for path, each in self._attributes.items()},
-            "classes": {path: type(each).__qualname__ for path, each in self._callbacks.items()},
             "logger": {
                 name: {key: value for key, value in getattr(logger, name).items() if _is_loggable(value)}
                 for name in ("name_to_value", "name_to_count", "name_to_excluded")
@@ -514,7 +566,8 @@ class RunState:
     def read(self, data: bytes) -> dict[str, Any]:
         """What `taken` made, complete before any of it is used."""
         try:
-            state = self._references.loads(data)
+            with torch.inference_mode(False):  # whose tensors could not be learnt from
+                state = self._references.loads(data)
         except (pickle.UnpicklingError, AttributeError, ImportError, EOFError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint holds something that cannot be read here, and nothing was loaded: {error}. Start the "
@@ -524,8 +577,13 @@ class RunState:
 
     def is_exact(self, state: Mapping[str, Any]) -> bool:
         """Whether the environments go on where they were."""
-        return bool(state["environments"]["exact"]) and not self._envs.reason
+        return bool(state["environments"]["exact"]) and not self._why_not_exact()
 
+    def _why_not_exact(self) -> str:
+        _, before, now = self.world
+        return self._envs.reason if before == now else f"the run had {before} processes, and has {now}"
+
+    @torch.inference_mode(False)
     def put(self, state: Mapping[str, Any], *, callbacks: bool, environments: bool) -> None:
         """Give the model, and what else is asked for, a state."""
         model = self._model
@@ -533,27 +591,29 @@ class RunState:
         with torch.no_grad():
             for param, grad in zip(model.policy.parameters(), state["gradients"], strict=True):
                 param.grad = None if grad is None else grad.to(param.device)
-        self._attributes["model"].put(state["attributes"]["model"])
+        for name, values in state["attributes"].items():
+            if name in self._attributes and (callbacks or name not in self._callbacks):
+                self._attributes[name].put(values)
         if callbacks:
-            self._put_callbacks(state)
+            self._tell_of_dropped_callbacks(state)
         if environments:
             for path, each in self._other_states.items():
                 if path in state["other environments"]:
                     each.put(state["other environments"][path])
-            self._envs.put(state["environments"])
+            self._envs.put(state["environments"], statistics_only=self.world[1] != self.world[2])
         for name, values in state["logger"].items():
             kept = getattr(model.logger, name)
             kept.clear()
             kept.update(values)
-        put_space_generators(model, state["spaces"])
-        _put_generators(state["generators"])
+        if self.world[0]:  # another rank draws other numbers
+            put_space_generators(model, state["spaces"])
+            _put_generators(state["generators"])
 
-    def _put_callbacks(self, state: Mapping[str, Any]) -> None:
-        for path, kind in state["classes"].items():
-            if path in self._callbacks and type(self._callbacks[path]).__qualname__ == kind:
-                self._attributes[path].put(state["attributes"][path])
-            elif path != "callback" or kind != "ConvertCallback":
-                warnings.warn(f"The run had another callback, {kind}, whose state is dropped.", stacklevel=4)
+    def _tell_of_dropped_callbacks(self, state: Mapping[str, Any]) -> None:
+        there = {name for name in state["attributes"] if name.startswith("callback ")}
+        gone = [name.split()[1] for name in sorted(there - self._callbacks.keys())]
+        if set(gone) - {*WITHOUT_STATE}:
+            warnings.warn(f"The run had callbacks whose state is dropped: {', '.join(gone)}.", stacklevel=4)
 
     def resume(self, state: Mapping[str, Any], total: int) -> None:
         """Give everything its state, and let environments that do not go on begin new episodes."""
@@ -562,7 +622,7 @@ class RunState:
         model._total_timesteps = total
         if self.is_exact(state):
             return
-        reason = self._envs.reason or "they could not be saved"
+        reason = self._why_not_exact() or "they could not be saved"
         warnings.warn(
             f"The environments begin new episodes, and all else goes on exactly: {reason}.",
             UserWarning,
@@ -573,10 +633,25 @@ class RunState:
         model._last_episode_starts = np.ones(model.env.num_envs, dtype=bool)
         if model._vec_normalize_env is not None:
             model._last_original_obs = model._vec_normalize_env.get_original_obs()
-        _put_generators(state["generators"])
+        if self.world[0]:
+            _put_generators(state["generators"])
 
 
-LIBRARIES = ("stable_baselines3.", "sb3_contrib.", "rl_zoo3.", "sb3_trpo_ext.")
+LIBRARIES = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext", "torch")
+
+
+def _is_of_library(owner: Any) -> bool:
+    return type(owner).__module__.split(".")[0] in LIBRARIES
+
+
+def _rows_of(buffer: Any) -> list[str]:
+    """The attributes of a rollout buffer that a new rollout begins with anew."""
+    sizes = buffer.buffer_size, buffer.buffer_size * buffer.n_envs
+    begun = ["pos", "full", "generator_ready"]
+    for name, value in vars(buffer).items():
+        if isinstance(value, dict) or (isinstance(value, np.ndarray) and len(value) in sizes):
+            begun.append(name)
+    return begun
 
 
 def _is_loggable(value: Any) -> bool:
@@ -588,16 +663,24 @@ def _existing(model: Any) -> list[str]:
     return [name for name in vars(model) if name != "_run"]
 
 
-def _callbacks(callback: BaseCallback, path: str = "callback") -> Iterator[tuple[str, BaseCallback]]:
-    """A callback and those that it calls, by path."""
-    yield path, callback
+def _callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and those that it calls."""
+    yield callback
     for name, value in vars(callback).items():
-        if name in OF_A_CALLBACK:
-            continue
-        several = value if isinstance(value, (list, tuple)) else [value]
-        for index, each in enumerate(several):
-            if isinstance(each, BaseCallback):
-                yield from _callbacks(each, f"{path}.{name}" + (f"[{index}]" if several is value else ""))
+        if name not in OF_A_CALLBACK:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, BaseCallback):
+                    yield from _callbacks(each)
+
+
+def _named(callbacks: Iterable[BaseCallback]) -> dict[str, BaseCallback]:
+    """Callbacks by class and number, so that one that is new or gone changes no other's name."""
+    found: dict[str, BaseCallback] = {}
+    for each in callbacks:
+        kind = type(each).__qualname__
+        count = sum(type(other).__qualname__ == kind for other in found.values())
+        found[f"callback {kind} {count}"] = each
+    return found
 
 
 def _generators() -> dict[str, Any]:

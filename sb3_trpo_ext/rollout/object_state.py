@@ -8,6 +8,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
+from hashlib import sha256
 from random import Random
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -157,7 +158,7 @@ class Attributes:
         self._given = (parameters_of(type(owner)) | set(given)) - set(changing)
         self._unable: set[str] = set()
         given_now = {name: value for name, value in vars(owner).items() if self._is_given(name)}
-        self._before = {name: self._bytes(value) for name, value in given_now.items()}
+        self._before = {name: self._digest(value) for name, value in given_now.items()}
         self._functions = {name: value for name, value in given_now.items() if callable(value)}
         self._brought: set[str] = set()
 
@@ -188,12 +189,12 @@ class Attributes:
         if self._is_given(name):
             if value is self._functions.get(name, self):
                 return False  # whatever the function has seen since
-            return name in self._brought or self._bytes(value) != self._before.get(name)
+            return name in self._brought or self._digest(value) != self._before.get(name)
         return not isinstance(value, (*CODE, spaces.Space))
 
-    def _bytes(self, value: Any) -> bytes | None:
+    def _digest(self, value: Any) -> bytes | None:
         try:
-            return self._references.dumps(value)
+            return sha256(self._references.dumps(value)).digest()
         except Exception:  # any object may have its own way to refuse
             return None
 

@@ -100,8 +100,8 @@ class Ranks:
         """Whether it is true in one of them."""
         return flag
 
-    def gathered(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each has written, once all have."""
+    def gathered(self, entry: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+        """What each has written, once all have; None of one that could not."""
         return [entry]
 
 
@@ -237,8 +237,7 @@ class Run:
         self._terminated = False
         self._pending: bytes | None = None
         self._iterations = self._iterations_before = 0
-        self._last_at = began
-        self._last_written: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._tried_at = self._written_at = began
         self._previous_handler: Any = None
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -274,8 +273,10 @@ class Run:
 
     def _leave(self) -> None:
         """End the program as SIGTERM asks."""
-        where = f"is in {self._folder.path}" if self._last_at > self._began else "would be of nothing"
-        self._tell(f"SIGTERM. A checkpoint at {self._last_at} timesteps {where}; the same command goes on from there.")
+        what = f"The checkpoint at {self._written_at} timesteps is in {self._folder.path}"
+        if self._written_at == self._began:
+            what = "There was no update yet"
+        self._tell(f"Ended by SIGTERM. {what}: the same command goes on from there.")
         raise SystemExit(0)
 
     @staticmethod
@@ -308,7 +309,7 @@ class Run:
         manifest = self._found.manifest
         self._require_same(manifest["run"])
         self._state.world = self._found.own, manifest["world_size"], self._ranks.world_size
-        self._last_at = manifest["steps"]
+        self._tried_at = self._written_at = manifest["steps"]
         finished = manifest["steps"] >= self._total
         state = self._state.read(self._found.part)
         with Atomic(*self._model._checkpoints(), AttributesAsTheyWere(self._model, *_existing(self._model))):
@@ -330,15 +331,13 @@ class Run:
 
     def between_updates(self) -> None:
         """Before a rollout: bring the rest of the run back, or write it down if it is time."""
+        self._terminated = self._ranks.any(self._terminated)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._state.resume(self._state.read(pending), self._total)
             self._due_since = time.monotonic()
-        else:
-            self._terminated = self._ranks.any(self._terminated)
-            due = self._ranks.any(self._is_due())
-            if self._iterations > self._iterations_before and (self._terminated or due):
-                self._write()
+        elif self._iterations > self._iterations_before and self._ranks.any(self._terminated or self._is_due()):
+            self._write()
         if self._terminated:
             self._leave()
         self._iterations += 1
@@ -353,40 +352,45 @@ class Run:
                 f"A callback stopped the run in {self._folder.path} at {model.num_timesteps} of {self._total} "
                 "timesteps. The same command goes on from its last checkpoint."
             )
-        if self._terminated:
+        if self._ranks.any(self._terminated):
             self._leave()
 
     def _is_due(self) -> bool:
         if self._freq is None:
             return time.monotonic() - self._due_since >= SECONDS_BETWEEN
         steps = self._model.num_timesteps - self._began
-        return steps // self._freq > (self._last_at - self._began) // self._freq
+        return steps // self._freq > (self._tried_at - self._began) // self._freq
 
     def _write(self, finished: bool = False) -> None:
         """Write a checkpoint; a disk that is full does not end the run."""
-        steps = self._model.num_timesteps
+        steps, state = self._model.num_timesteps, self._state.taken(self._iterations)
+        said = {
+            "finished": finished,
+            "began": self._began,
+            "total": self._total,
+            "run": self._identity,
+            "tensorboard": self._tensorboard_folder(),
+            "versions": _versions(),
+        }
+        part, problem = None, None
         try:
-            if self._last_written[0] == steps:
-                parts = self._last_written[1]
-            else:
-                parts = self._ranks.gathered(self._folder.write_part(steps, self._state.taken(self._iterations)))
-            said = {
-                "finished": finished,
-                "began": self._began,
-                "total": self._total,
-                "run": self._identity,
-                "tensorboard": self._tensorboard_folder(),
-                "versions": _versions(),
-            }
-            if self._ranks.rank == 0:
-                self._folder.write_manifest(steps, parts, said)
+            part = self._folder.write_part(steps, state)
         except OSError as error:
-            if self._terminated:
-                raise
-            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {error}", stacklevel=2)
+            problem = error
+        parts = self._ranks.gathered(part)
+        written = [each for each in parts if each is not None]
+        if len(written) == len(parts) and self._ranks.rank == 0:
+            try:
+                self._folder.write_manifest(steps, written, said)
+            except OSError as error:
+                problem = error
+        if problem is None:
+            self._written_at = steps
+        elif self._terminated:
+            raise problem
         else:
-            self._last_written = steps, parts
-        self._last_at, self._due_since = steps, time.monotonic()
+            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {problem}", stacklevel=2)
+        self._tried_at, self._due_since = steps, time.monotonic()
 
     def _tensorboard_folder(self) -> str | None:
         writes = any(isinstance(each, TensorBoardOutputFormat) for each in self._model.logger.output_formats)

@@ -377,6 +377,23 @@ def test_sigterm_is_only_heard_while_learning(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_sigterm_may_have_ended_the_environments_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class TerminateAll(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+                for worker in env.processes:
+                    worker.kill()
+            return True
+
+    env = SubprocVecEnv([lambda: gym.make("CartPole-v1")] * 2, start_method="fork")
+    model = TRPO("MlpPolicy", env, n_steps=STEPS, device="cpu", seed=0)
+    with pytest.raises(SystemExit) as ended:
+        model.learn(TOTAL, checkpoint_dir=tmp_path, checkpoint_freq=1, callback=TerminateAll())
+    assert ended.value.code == 0
+    assert "The checkpoint at 64 timesteps is in" in capsys.readouterr().out
+
+
 class Terminate(BaseCallback):
     def _on_step(self) -> bool:
         if self.n_calls == 5:

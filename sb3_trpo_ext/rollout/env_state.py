@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
@@ -61,9 +62,17 @@ def layers(env: gym.Env) -> Iterator[gym.Env]:
 
 
 def described(env: gym.Env) -> str:
-    """The layers of an environment in words."""
-    task = env.unwrapped.spec.id if isinstance(getattr(env.unwrapped, "spec", None), EnvSpec) else ""  # type: ignore[union-attr]
-    return " of ".join(type(layer).__qualname__ for layer in layers(env)) + (f" ({task})" if task else "")
+    """The layers of an environment in words, and what it was registered and made with."""
+    spec, task = getattr(env.unwrapped, "spec", None), ""
+    if isinstance(spec, EnvSpec):
+        made = {name: value for name, value in spec.kwargs.items() if name != "render_mode" and is_data(value)}
+        task = f" ({spec.id}{f', {made}' if made else ''})"
+    return " of ".join(map(_name_of, layers(env))) + task
+
+
+def _name_of(layer: gym.Env) -> str:
+    steps = getattr(layer, "_max_episode_steps", None) if isinstance(layer, TimeLimit) else None
+    return type(layer).__qualname__ + (f" to {steps} steps" if steps else "")
 
 
 def why_not_exact(env: gym.Env) -> str:

@@ -558,8 +558,8 @@ class RunState:
             "gradients": [param.grad for param in model.policy.parameters()],
             "attributes": {path: each.values() for path, each in self._attributes.items()},
             "logger": {
-                name: {key: value for key, value in getattr(logger, name).items() if _is_loggable(value)}
-                for name in ("name_to_value", "name_to_count", "name_to_excluded")
+                name: {key: value for key, value in getattr(logger, name, {}).items() if is_data(value)}
+                for name in ("name_to_value", "name_to_count", "name_to_excluded")  # figures and videos are not kept
             },
             "environments": self._envs.taken(),
             "other environments": {path: each.taken() for path, each in self._other_states.items()},
@@ -606,7 +606,7 @@ class RunState:
                     each.put(state["other environments"][path])
             self._envs.put(state["environments"], statistics_only=self.world[1] != self.world[2])
         for name, values in state["logger"].items():
-            kept = getattr(model.logger, name)
+            kept = getattr(model.logger, name, {})
             kept.clear()
             kept.update(values)
         if self.world[0]:  # another rank draws other numbers
@@ -656,11 +656,6 @@ def _rows_of(buffer: Any) -> list[str]:
         if isinstance(value, dict) or (isinstance(value, np.ndarray) and len(value) in sizes):
             begun.append(name)
     return begun
-
-
-def _is_loggable(value: Any) -> bool:
-    """Whether a value that waits to be logged is a number or a text: figures and videos are not kept."""
-    return is_data(value) or isinstance(value, tuple)
 
 
 def _existing(model: Any) -> list[str]:

@@ -89,7 +89,7 @@ def masked() -> gym.Env:
     return MaskedEnv(gym.spaces.Box(-1, 1, (5,)), gym.spaces.Discrete(4))
 
 
-def build(algorithm: Any, env: str = "CartPole-v1", normalize: bool = False, **kwargs: Any) -> Any:
+def build(algorithm: Any, env: Any = "CartPole-v1", normalize: bool = False, **kwargs: Any) -> Any:
     """A small model in a process of its own, as far as it can tell."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(int(time.time_ns()) % 2**31)
@@ -863,7 +863,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "schedule": (lambda: build(TRPO, target_kl=lambda p: 0.01 * p + 0.001), "target_kl is 0.01 there and a schedule"),
     "task": (
         lambda: build(TRPO, "CartPole-v0"),
-        r"\(CartPole-v1\) there and .*\(CartPole-v0\) here",
+        r"to 500 .*\(CartPole-v1\) there and .*to 200 steps.*\(CartPole-v0\)",
+    ),
+    "kwargs": (
+        lambda: build(TRPO, lambda: gym.make("CartPole-v1", sutton_barto_reward=True)),
+        r"\(CartPole-v1\) there and .*\(CartPole-v1, {'sutton_barto_reward': True}\) here",
     ),
     "algorithm": (lambda: build(NPG), "the algorithm is TRPO there and NPG here"),
     "spaces": (lambda: build(TRPO, "Acrobot-v1"), "the observation space is Box.* there and Box"),

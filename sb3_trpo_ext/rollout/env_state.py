@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
@@ -60,6 +61,20 @@ def layers(env: gym.Env) -> Iterator[gym.Env]:
         yield env
 
 
+def described(env: gym.Env) -> str:
+    """The layers of an environment in words, and what it was registered and made with."""
+    spec, task = getattr(env.unwrapped, "spec", None), ""
+    if isinstance(spec, EnvSpec):
+        made = {name: value for name, value in spec.kwargs.items() if name != "render_mode" and is_data(value)}
+        task = f" ({spec.id}{f', {made}' if made else ''})"
+    return " of ".join(map(_name_of, layers(env))) + task
+
+
+def _name_of(layer: gym.Env) -> str:
+    steps = getattr(layer, "_max_episode_steps", None) if isinstance(layer, TimeLimit) else None
+    return type(layer).__qualname__ + (f" to {steps} steps" if steps else "")
+
+
 def why_not_exact(env: gym.Env) -> str:
     """What cannot be taken out of an environment; empty if all can."""
     for layer in layers(env):
@@ -83,9 +98,7 @@ def taken_from(env: gym.Env) -> bytes:
 
 
 def _of_layer(layer: gym.Env, exact: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"class": type(layer).__qualname__, "spaces": space_generators(layer)}
-    spec = getattr(layer, "spec", None)
-    state["task"] = spec.id if isinstance(spec, EnvSpec) else ""
+    state: dict[str, Any] = {"spaces": space_generators(layer)}
     if has_pair(layer):
         state["own"] = getattr(layer, GET)()
         return state
@@ -108,9 +121,6 @@ def _of_layer(layer: gym.Env, exact: bool) -> dict[str, Any]:
 def put_into(env: gym.Env, data: bytes) -> None:
     """Let an environment go on from there."""
     states: list[dict[str, Any]] = References({}).loads(data)
-    here, there = [type(layer).__qualname__ for layer in layers(env)], [state["class"] for state in states]
-    if here != there:
-        raise ValueError(f"the environment is {' of '.join(here)}, and was {' of '.join(there)}")
     for layer, state in zip(layers(env), states, strict=True):
         put_space_generators(layer, state["spaces"])
         if "own" in state:
@@ -181,6 +191,7 @@ def in_worker(action: str, *args: Any) -> tuple[str, Any]:
 
 
 _ACTIONS: dict[str, Any] = {
+    "described": described,
     "why_not_exact": why_not_exact,
     "taken_from": taken_from,
     "put_into": put_into,
@@ -212,6 +223,13 @@ class EnvStates:
             self.reason = next(filter(None, self._on_each("why_not_exact")), "")
 
     @property
+    def description(self) -> str:
+        """The layers of the environments in words."""
+        wrappers = [type(each.owner if isinstance(each, Attributes) else each).__qualname__ for each in self._wrappers]
+        kinds = dict.fromkeys(self._on_each("described"))
+        return " of ".join([*wrappers, " and ".join(kinds) or type(self._base).__qualname__])
+
+    @property
     def attributes(self) -> list[Attributes]:
         """Of the wrappers."""
         return [each for each in self._wrappers if isinstance(each, Attributes)]
@@ -221,15 +239,17 @@ class EnvStates:
         return {
             "wrappers": [_of_wrapper(each) for each in self._wrappers],
             "exact": not self.reason,
-            "base": {} if has_pair(self._base) else _data_of(self._base),
+            "base": {} if has_pair(self._base) or self.reason else _data_of(self._base),
             "spaces": space_generators(self._base),
             "envs": getattr(self._base, GET)() if has_pair(self._base) else self._on_each("taken_from"),
         }
 
-    def put(self, state: Mapping[str, Any]) -> None:
-        """Take a state over; where it is not exact, the environments are to be reset after it."""
+    def put(self, state: Mapping[str, Any], *, statistics_only: bool = False) -> None:
+        """Take a state over, or that of the wrappers alone; where it is not exact, a reset is to follow."""
         for each, of_it in zip(self._wrappers, state["wrappers"], strict=True):
             _put_wrapper(each, of_it)
+        if statistics_only:
+            return
         put_space_generators(self._base, state["spaces"])
         if has_pair(self._base):
             getattr(self._base, SET)(state["envs"])
@@ -281,7 +301,7 @@ class EnvStates:
         for kind, answer in answers:
             if kind == "error":
                 raise RuntimeError(f"In a worker of the SubprocVecEnv:\n{answer}")
-        if action == "taken_from" and any(kind == "reason" for kind, _ in answers):
+        if action != "why_not_exact" and any(kind == "reason" for kind, _ in answers):
             return []
         return [answer for _, answer in answers]
 

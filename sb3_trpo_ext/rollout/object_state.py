@@ -8,13 +8,16 @@ import pickle
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
+from hashlib import sha256
 from random import Random
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import cloudpickle
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, partial, property)
@@ -26,6 +29,8 @@ GENERATORS = (np.random.Generator, np.random.BitGenerator, np.random.RandomState
 
 LIBRARIES = ("gymnasium", "stable_baselines3", "sb3_contrib")
 """Whose small helper objects (running means, stacked frames) are data where their attributes are."""
+
+NOT_HELPERS = (spaces.Space, gym.Env, VecEnv)
 
 
 class References:
@@ -92,18 +97,26 @@ def _on_device(tensor: Tensor, device: str) -> Tensor:
         return tensor
 
 
-def is_data(value: Any) -> bool:
+DEEPEST = 20
+"""Containers in containers that are looked into; there could be a circle."""
+
+
+def is_data(value: Any, depth: int = 0) -> bool:
     """Whether a value is numbers, texts, arrays and random generators, in containers or not: nothing hides in it."""
     if isinstance(value, np.ndarray):
         return not value.dtype.hasobject
     if isinstance(value, (*NUMBERS, *GENERATORS)):
         return True
+    depth += 1
+    if depth > DEEPEST:
+        return False
     if isinstance(value, dict):
-        return all(is_data(key) and is_data(each) for key, each in value.items())
+        return all(is_data(key, depth) and is_data(each, depth) for key, each in value.items())
     if isinstance(value, CONTAINERS):
-        return all(map(is_data, value))
-    helper = type(value).__module__.split(".")[0] in LIBRARIES and not isinstance(value, spaces.Space)
-    return helper and not callable(value) and hasattr(value, "__dict__") and all(map(is_data, vars(value).values()))
+        return all(is_data(each, depth) for each in value)
+    if type(value).__module__.split(".")[0] not in LIBRARIES or isinstance(value, NOT_HELPERS) or callable(value):
+        return False
+    return hasattr(value, "__dict__") and is_data(vars(value), depth)
 
 
 def parameters_of(kind: type) -> set[str]:
@@ -144,7 +157,9 @@ class Attributes:
         self._skip = set(skip)
         self._given = (parameters_of(type(owner)) | set(given)) - set(changing)
         self._unable: set[str] = set()
-        self._before = {name: self._bytes(value) for name, value in vars(owner).items() if self._is_given(name)}
+        given_now = {name: value for name, value in vars(owner).items() if self._is_given(name)}
+        self._before = {name: self._digest(value) for name, value in given_now.items()}
+        self._functions = {name: value for name, value in given_now.items() if callable(value)}
         self._brought: set[str] = set()
 
     def values(self) -> dict[str, Any]:
@@ -172,12 +187,14 @@ class Attributes:
         if name in self._skip or name in self._unable:
             return False
         if self._is_given(name):
-            return name in self._brought or self._bytes(value) != self._before.get(name)
+            if value is self._functions.get(name, self):
+                return False  # whatever the function has seen since
+            return name in self._brought or self._digest(value) != self._before.get(name)
         return not isinstance(value, (*CODE, spaces.Space))
 
-    def _bytes(self, value: Any) -> bytes | None:
+    def _digest(self, value: Any) -> bytes | None:
         try:
-            return self._references.dumps(value)
+            return sha256(self._references.dumps(value)).digest()
         except Exception:  # any object may have its own way to refuse
             return None
 

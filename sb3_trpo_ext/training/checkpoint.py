@@ -1,8 +1,8 @@
 """Runs that go on after their process was killed: ``learn(..., checkpoint_dir=...)``.
 
 Of several workers each writes a part, with its own environments and random generators. All write at the same moments,
-and go on from the same checkpoint; with another number of workers all have the state of the first one, and begin new
-episodes.
+and go on from the same checkpoint; with another number of workers all have the learning state of the first one, and
+begin new episodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ from sb3_trpo_ext.rollout.object_state import (
     space_generators,
 )
 from sb3_trpo_ext.training.checkpoint_files import Checkpoint, CheckpointFolder
+from sb3_trpo_ext.training.communicator import ProcessGroup
 from sb3_trpo_ext.training.parallel import ParallelAlgorithm
 from sb3_trpo_ext.training.transaction import Atomic, Restorable
 from sb3_trpo_ext.training.transaction import Attributes as AttributesAsTheyWere
@@ -91,7 +93,30 @@ PACKAGES = ("sb3-trpo-ext", "stable-baselines3", "sb3-contrib", "gymnasium", "to
 POINTS = 11
 """Where a schedule is compared with another."""
 
+WITHOUT_STATE = ("ConvertCallback", "CallbackList", "ProgressBarCallback")
+"""Callbacks that a run may be continued without."""
+
 SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+class Ranks:
+    """The processes that train together.
+
+    Args:
+        processes: Their messages; None where this one is alone.
+    """
+
+    def __init__(self, processes: ProcessGroup | None) -> None:
+        self._processes = processes
+        self.rank, self.world_size = (0, 1) if processes is None else (processes.rank, processes.workers)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of them."""
+        return any(self.gathered(flag))
+
+    def gathered(self, mine: Any) -> list[Any]:
+        """What each of them has, once all have it."""
+        return [mine] if self._processes is None else self._processes.exchange(mine)
 
 
 class AlreadyFinishedError(Exception):
@@ -134,8 +159,8 @@ class ResumableAlgorithm(ParallelAlgorithm):
             super().learn(**arguments)
             return self
         began = 0 if reset_num_timesteps else self.num_timesteps
-        folder = CheckpointFolder(checkpoint_dir, self.reduction.rank, self.reduction.workers)
-        run = Run(self, folder, checkpoint_freq, began, began + total_timesteps, log_interval)
+        ranks = Ranks(self._processes)
+        run = Run(self, checkpoint_dir, checkpoint_freq, began, began + total_timesteps, log_interval, ranks)
         with run:
             try:
                 super().learn(**arguments | {"log_interval": run.log_interval})
@@ -196,33 +221,35 @@ class Run:
 
     Args:
         model: The model that learns.
-        folder: Where the checkpoints are.
+        path: Where the checkpoints are.
         freq: Timesteps between two; None for `SECONDS_BETWEEN`.
         began: ``num_timesteps`` at the beginning of the call.
         total: ``num_timesteps`` at its end.
         log_interval: Of ``learn``.
+        ranks: The processes that train together.
     """
 
     def __init__(
         self,
         model: Any,
-        folder: CheckpointFolder,
+        path: str | os.PathLike[str],
         freq: int | None,
         began: int,
         total: int,
         log_interval: int | None,
+        ranks: Ranks,
     ) -> None:
-        self._model, self._folder, self._freq = model, folder, freq
+        self._model, self._freq, self._ranks = model, freq, ranks
+        self._folder = folder = CheckpointFolder(path, ranks.rank, ranks.world_size)
         self._began, self._total = began, total
         self._asked_log_interval = log_interval
         self._identity = _identity(model)
         self._found = self._usable(folder.newest())
-        self._agree_on(self._found.path.name if self._found is not None else None)
+        self._require_one_folder()
         self._terminated = False
         self._pending: bytes | None = None
         self._iterations = self._iterations_before = 0
-        self._last_at = began
-        self._last_written: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._tried_at = self._written_at = began
         self._previous_handler: Any = None
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -258,28 +285,15 @@ class Run:
 
     def _leave(self) -> None:
         """End the program as SIGTERM asks."""
-        where = f"is in {self._folder.path}" if self._last_at > self._began else "would be of nothing"
-        self._tell(f"SIGTERM. A checkpoint at {self._last_at} timesteps {where}; the same command goes on from there.")
+        what = f"The checkpoint at {self._written_at} timesteps is in {self._folder.path}"
+        if self._written_at == self._began:
+            what = "There was no update yet"
+        self._tell(f"Ended by SIGTERM. {what}: the same command goes on from there.")
         raise SystemExit(0)
 
     def _tell(self, text: str) -> None:
-        if not self._model.reduction.rank:
+        if not self._ranks.rank:
             print(text, flush=True)
-
-    def _told_by_all(self, mine: Any) -> list[Any]:
-        """What each worker says."""
-        processes = self._model._processes
-        return [mine] if processes is None else list(processes.exchange(mine))
-
-    def _agree_on(self, name: str | None) -> None:
-        """Raise `ValueError` if workers find different checkpoints."""
-        found = self._told_by_all(name)
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"`checkpoint_dir` {str(self._folder.path)!r} must be one directory for all workers, but the newest "
-                f"checkpoints that they find there are {', '.join(map(str, found))}, rank by rank. Pass a directory "
-                "that all of them share."
-            )
 
     @property
     def log_interval(self) -> int | None:
@@ -299,12 +313,15 @@ class Run:
     def begin(self, callback: BaseCallback) -> None:
         """All is prepared: learn what there is to be written, and bring back what was."""
         self._state = RunState(self._model, callback)
+        self._identity["the environment"] = self._state.environment
         self._due_since = time.monotonic()
         if self._found is None:
             self._state.taken()  # what cannot be taken is known now
             return
         manifest = self._found.manifest
-        self._last_at = manifest["steps"]
+        self._require_same(manifest["run"])
+        self._state.world = self._found.own, manifest["world_size"], self._ranks.world_size
+        self._tried_at = self._written_at = manifest["steps"]
         finished = manifest["steps"] >= self._total
         state = self._state.read(self._found.part)
         with Atomic(*self._model._checkpoints(), AttributesAsTheyWere(self._model, *_existing(self._model))):
@@ -321,20 +338,18 @@ class Run:
             raise AlreadyFinishedError
         # Again before the first rollout: callbacks may change anything when training starts.
         self._pending = self._found.part
+        self._found = replace(self._found, part=b"")
         self._tell(f"Resumed from {self._found.path}, at {manifest['steps']} of {self._total} timesteps.")
 
     def between_updates(self) -> None:
         """Before a rollout: bring the rest of the run back, or write it down if it is time."""
+        self._terminated = self._ranks.any(self._terminated)
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            assert self._found is not None  # where that is from
-            self._state.resume(self._state.read(pending), self._total, workers=self._found.manifest["world_size"])
+            self._state.resume(self._state.read(pending), self._total)
             self._due_since = time.monotonic()
-        else:
-            told = self._told_by_all((self._terminated, self._is_due()))
-            self._terminated = any(terminated for terminated, _ in told)
-            if self._iterations > self._iterations_before and (self._terminated or told[0][1]):
-                self._write()
+        elif self._iterations > self._iterations_before and self._ranks.any(self._terminated or self._is_due()):
+            self._write()
         if self._terminated:
             self._leave()
         self._iterations += 1
@@ -344,47 +359,23 @@ class Run:
         model = self._model
         if model.num_timesteps >= self._total:
             self._write(finished=True)
-            self._terminated = any(self._told_by_all(self._terminated))
         else:
             self._tell(
                 f"A callback stopped the run in {self._folder.path} at {model.num_timesteps} of {self._total} "
                 "timesteps. The same command goes on from its last checkpoint."
             )
-        if self._terminated:
+        if self._ranks.any(self._terminated):
             self._leave()
 
     def _is_due(self) -> bool:
         if self._freq is None:
             return time.monotonic() - self._due_since >= SECONDS_BETWEEN
         steps = self._model.num_timesteps - self._began
-        return steps // self._freq > (self._last_at - self._began) // self._freq
+        return steps // self._freq > (self._tried_at - self._began) // self._freq
 
     def _write(self, finished: bool = False) -> None:
         """Write a checkpoint; a disk that is full does not end the run."""
-        steps, parts, problem = self._model.num_timesteps, self._last_written[1], ""
-        if self._last_written[0] != steps:
-            told = self._told_by_all(self._part_or_problem(steps))
-            problem = next((each for each in told if isinstance(each, str)), "")
-            parts = [each for each in told if not isinstance(each, str)]
-        if not problem and not self._model.reduction.rank:
-            problem = self._problem_with_manifest(steps, parts, finished)
-        if not problem:
-            self._last_written = steps, parts
-        elif self._terminated:
-            raise OSError(problem)
-        else:
-            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {problem}", stacklevel=2)
-        self._last_at, self._due_since = steps, time.monotonic()
-
-    def _part_or_problem(self, steps: int) -> dict[str, Any] | str:
-        """Write this worker's part; what the manifest is to say of it, or why it could not be written."""
-        try:
-            return self._folder.write_part(steps, self._state.taken(self._iterations))
-        except OSError as error:
-            return str(error)
-
-    def _problem_with_manifest(self, steps: int, parts: list[dict[str, Any]], finished: bool) -> str:
-        """Write the manifest; why it could not be written, or nothing."""
+        steps, state = self._model.num_timesteps, self._state.taken(self._iterations)
         said = {
             "finished": finished,
             "began": self._began,
@@ -393,16 +384,40 @@ class Run:
             "tensorboard": self._tensorboard_folder(),
             "versions": _versions(),
         }
+        part, problem = None, None
         try:
-            self._folder.write_manifest(steps, parts, said)
+            part = self._folder.write_part(steps, state)
         except OSError as error:
-            return str(error)
-        return ""
+            problem = error
+        parts = self._ranks.gathered(part)
+        written = [each for each in parts if each is not None]
+        if len(written) == len(parts) and self._ranks.rank == 0:
+            try:
+                self._folder.write_manifest(steps, written, said)
+            except OSError as error:
+                problem = error
+        if problem is None:
+            self._written_at = steps
+        elif self._terminated:
+            raise problem
+        else:
+            warnings.warn(f"No checkpoint could be written at {steps} timesteps: {problem}", stacklevel=2)
+        self._tried_at, self._due_since = steps, time.monotonic()
 
     def _tensorboard_folder(self) -> str | None:
         writes = any(isinstance(each, TensorBoardOutputFormat) for each in self._model.logger.output_formats)
         own = not self._model._custom_logger and writes and self._model.logger.dir
         return Path(self._model.logger.dir).name if own else None
+
+    def _require_one_folder(self) -> None:
+        """Raise `ValueError` if processes find different checkpoints."""
+        newest = self._ranks.gathered(self._found and self._found.manifest["steps"])
+        if len(set(newest)) > 1:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} must be one directory for all processes, but the newest "
+                f"checkpoints that they find are of {', '.join(map(str, newest))} timesteps, rank by rank. Pass one "
+                "that all of them share."
+            )
 
     def _usable(self, found: Checkpoint | None) -> Checkpoint | None:
         """A checkpoint that this run may go on from, or None if it is to begin here.
@@ -421,12 +436,7 @@ class Run:
                 f"timesteps, and this one begins at {self._began}. Use a directory for each call, and start with the "
                 "model that the call began with."
             )
-        differences = _differences(there["run"], self._identity)
-        if differences:
-            raise ValueError(
-                f"`checkpoint_dir` {str(self._folder.path)!r} holds another run: {'; '.join(differences)}. Start the "
-                "same command again, or use an empty directory for another run."
-            )
+        self._require_same(there["run"])
         others = {name: (old, new) for name, new in _versions().items() if (old := there["versions"].get(name)) != new}
         if others:
             listing = ", ".join(f"{name} {old} there, {new} here" for name, (old, new) in others.items())
@@ -434,6 +444,14 @@ class Run:
                 f"The run was begun with other versions, and may differ in last bits: {listing}.", stacklevel=5
             )
         return found
+
+    def _require_same(self, there: Mapping[str, str]) -> None:
+        differences = _differences(there, self._identity)
+        if differences:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} holds another run: {'; '.join(differences)}. Start the "
+                "same command again, or use an empty directory for another run."
+            )
 
 
 class _SameFolder:
@@ -472,11 +490,15 @@ class RunState:
     Args:
         model: The model, whose ``learn`` is prepared.
         callback: The callback of ``learn``.
+
+    Attributes:
+        world: Whether what is read was written by this rank, how many there were, and how many there are.
     """
 
     def __init__(self, model: Any, callback: BaseCallback) -> None:
         self._model = model
-        self._callbacks = dict(_callbacks(getattr(callback, "counted", callback)))
+        self.world = (True, 1, 1)
+        self._callbacks = _named(_callbacks(getattr(callback, "counted", callback)))
         self._other_envs = {
             f"{path}.{name}": value
             for path, each in self._callbacks.items()
@@ -489,6 +511,13 @@ class RunState:
         self._attributes = {"model": attributes} | {
             path: Attributes(each, self._references, skip=OF_A_CALLBACK) for path, each in self._callbacks.items()
         }
+        buffer = model.rollout_buffer
+        if not _is_of_library(buffer):
+            self._attributes["rollout_buffer"] = Attributes(buffer, self._references, skip=_rows_of(buffer))
+        for name, module in model.policy.named_modules():
+            if not _is_of_library(module):
+                skip = (*vars(nn.Module()), *(key for key, value in vars(module).items() if not is_data(value)))
+                self._attributes[f"policy.{name}"] = Attributes(module, self._references, skip=skip)
         self._envs = EnvStates(model.env, self._references)
         self._other_states = {
             path: EnvStates(each, self._references)
@@ -496,6 +525,11 @@ class RunState:
             if isinstance(each, VecEnv)
         }
         self._told: set[str] = set()
+
+    @property
+    def environment(self) -> str:
+        """The environments in words."""
+        return self._envs.description
 
     def _objects(self) -> Iterator[tuple[str, Any]]:
         """What a pickle names and does not hold."""
@@ -529,7 +563,7 @@ class RunState:
         return [*self._attributes.values(), *(each for several in wrappers for each in several)]
 
     def _tell_of_what_is_left_out(self) -> None:
-        own = (each for each in self._all_attributes() if not type(each.owner).__module__.startswith(LIBRARIES))
+        own = (each for each in self._all_attributes() if not _is_of_library(each.owner))
         for each in own:
             for name, kind in each.left_out.items():
                 place = f"`{type(each.owner).__name__}.{name}`"
@@ -545,10 +579,9 @@ class RunState:
             "parameters": model.get_parameters(),
             "gradients": [param.grad for param in model.policy.parameters()],
             "attributes": {path: each.values() for path, each in self._attributes.items()},
-            "classes": {path: type(each).__qualname__ for path, each in self._callbacks.items()},
             "logger": {
-                name: {key: value for key, value in getattr(logger, name).items() if _is_loggable(value)}
-                for name in ("name_to_value", "name_to_count", "name_to_excluded")
+                name: {key: value for key, value in getattr(logger, name, {}).items() if is_data(value)}
+                for name in ("name_to_value", "name_to_count", "name_to_excluded")  # figures and videos are not kept
             },
             "environments": self._envs.taken(),
             "other environments": {path: each.taken() for path, each in self._other_states.items()},
@@ -559,7 +592,8 @@ class RunState:
     def read(self, data: bytes) -> dict[str, Any]:
         """What `taken` made, complete before any of it is used."""
         try:
-            state = self._references.loads(data)
+            with torch.inference_mode(False):  # whose tensors could not be learnt from
+                state = self._references.loads(data)
         except (pickle.UnpicklingError, AttributeError, ImportError, EOFError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint holds something that cannot be read here, and nothing was loaded: {error}. Start the "
@@ -569,8 +603,13 @@ class RunState:
 
     def is_exact(self, state: Mapping[str, Any]) -> bool:
         """Whether the environments go on where they were."""
-        return bool(state["environments"]["exact"]) and not self._envs.reason
+        return bool(state["environments"]["exact"]) and not self._why_not_exact()
 
+    def _why_not_exact(self) -> str:
+        _, before, now = self.world
+        return self._envs.reason if before == now else f"the run had {before} processes, and has {now}"
+
+    @torch.inference_mode(False)
     def put(self, state: Mapping[str, Any], *, callbacks: bool, environments: bool) -> None:
         """Give the model, and what else is asked for, a state."""
         model = self._model
@@ -578,85 +617,97 @@ class RunState:
         with torch.no_grad():
             for param, grad in zip(model.policy.parameters(), state["gradients"], strict=True):
                 param.grad = None if grad is None else grad.to(param.device)
-        self._attributes["model"].put(state["attributes"]["model"])
+        for name, values in state["attributes"].items():
+            if name in self._attributes and (callbacks or name not in self._callbacks):
+                self._attributes[name].put(values)
         if callbacks:
-            self._put_callbacks(state)
+            self._tell_of_dropped_callbacks(state)
         if environments:
             for path, each in self._other_states.items():
                 if path in state["other environments"]:
                     each.put(state["other environments"][path])
-            self._envs.put(state["environments"])
+            self._envs.put(state["environments"], statistics_only=self.world[1] != self.world[2])
         for name, values in state["logger"].items():
-            kept = getattr(model.logger, name)
+            kept = getattr(model.logger, name, {})
             kept.clear()
             kept.update(values)
-        put_space_generators(model, state["spaces"])
-        _put_generators(state["generators"])
+        if self.world[0]:  # another rank draws other numbers
+            put_space_generators(model, state["spaces"])
+            _put_generators(state["generators"])
 
-    def _put_callbacks(self, state: Mapping[str, Any]) -> None:
-        for path, kind in state["classes"].items():
-            if path in self._callbacks and type(self._callbacks[path]).__qualname__ == kind:
-                self._attributes[path].put(state["attributes"][path])
-            elif path != "callback" or kind != "ConvertCallback":
-                warnings.warn(f"The run had another callback, {kind}, whose state is dropped.", stacklevel=4)
+    def _tell_of_dropped_callbacks(self, state: Mapping[str, Any]) -> None:
+        there = {name for name in state["attributes"] if name.startswith("callback ")}
+        gone = [name.split()[1] for name in sorted(there - self._callbacks.keys())]
+        if set(gone) - {*WITHOUT_STATE}:
+            warnings.warn(f"The run had callbacks whose state is dropped: {', '.join(gone)}.", stacklevel=4)
 
-    def resume(self, state: Mapping[str, Any], total: int, *, workers: int) -> None:
-        """Give everything its state, and let environments that do not go on begin new episodes.
-
-        Args:
-            state: What `read` returned.
-            total: ``num_timesteps`` at the end of the run.
-            workers: How many had written it.
-        """
+    def resume(self, state: Mapping[str, Any], total: int) -> None:
+        """Give everything its state, and let environments that do not go on begin new episodes."""
         model = self._model
-        rank, now = model.reduction.rank, model.reduction.workers
-        self.put(state, callbacks=rank < workers, environments=True)
+        self.put(state, callbacks=True, environments=True)
         model._total_timesteps = total
-        if now != workers:
-            model._part_from_the_first()
-        if self.is_exact(state) and now == workers:
+        if self.world[1] != self.world[2] and "_past_rollouts" in vars(model):
+            model._past_rollouts = ()  # which may be of another rank's environments
+        if self.is_exact(state):
             model._note_statistics()
             return
-        reason = self._envs.reason or "they could not be saved"
-        if now != workers:
-            reason = f"the run had {workers} workers, and has {now}"
-        generators = _generators()
+        reason = self._why_not_exact() or "they could not be saved"
         warnings.warn(
             f"The environments begin new episodes, and all else goes on exactly: {reason}.",
             UserWarning,
             stacklevel=4,
         )
-        seed = None if model.seed is None else (model.seed + model.num_timesteps + rank * model.n_envs) % 2**31
+        seed = None
+        if model.seed is not None:
+            seed = (model.seed + model.num_timesteps + model.reduction.rank * model.n_envs) % 2**31
         model._last_obs = self._envs.restarted(seed)
         model._last_episode_starts = np.ones(model.env.num_envs, dtype=bool)
         if model._vec_normalize_env is not None:
             model._last_original_obs = model._vec_normalize_env.get_original_obs()
-        _put_generators(generators)
+        if self.world[0]:
+            _put_generators(state["generators"])
         model._note_statistics()
 
 
-LIBRARIES = ("stable_baselines3.", "sb3_contrib.", "rl_zoo3.", "sb3_trpo_ext.")
+LIBRARIES = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext", "torch")
 
 
-def _is_loggable(value: Any) -> bool:
-    """Whether a value that waits to be logged is a number or a text: figures and videos are not kept."""
-    return is_data(value) or isinstance(value, tuple)
+def _is_of_library(owner: Any) -> bool:
+    return type(owner).__module__.split(".")[0] in LIBRARIES
+
+
+def _rows_of(buffer: Any) -> list[str]:
+    """The attributes of a rollout buffer that a new rollout begins with anew."""
+    sizes = buffer.buffer_size, buffer.buffer_size * buffer.n_envs
+    begun = ["pos", "full", "generator_ready"]
+    for name, value in vars(buffer).items():
+        if isinstance(value, dict) or (isinstance(value, np.ndarray) and len(value) in sizes):
+            begun.append(name)
+    return begun
 
 
 def _existing(model: Any) -> list[str]:
     return [name for name in vars(model) if name != "_run"]
 
 
-def _callbacks(callback: BaseCallback, path: str = "callback") -> Iterator[tuple[str, BaseCallback]]:
-    """A callback and those that it calls, by path."""
-    yield path, callback
+def _callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and those that it calls."""
+    yield callback
     for name, value in vars(callback).items():
-        if name in OF_A_CALLBACK:
-            continue
-        several = value if isinstance(value, (list, tuple)) else [value]
-        for index, each in enumerate(several):
-            if isinstance(each, BaseCallback):
-                yield from _callbacks(each, f"{path}.{name}" + (f"[{index}]" if several is value else ""))
+        if name not in OF_A_CALLBACK:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, BaseCallback):
+                    yield from _callbacks(each)
+
+
+def _named(callbacks: Iterable[BaseCallback]) -> dict[str, BaseCallback]:
+    """Callbacks by class and number, so that one that is new or gone changes no other's name."""
+    found: dict[str, BaseCallback] = {}
+    for each in callbacks:
+        kind = type(each).__qualname__
+        count = sum(type(other).__qualname__ == kind for other in found.values())
+        found[f"callback {kind} {count}"] = each
+    return found
 
 
 def _generators() -> dict[str, Any]:

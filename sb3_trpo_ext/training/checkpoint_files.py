@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ class Checkpoint:
         path: Its folder.
         manifest: What its manifest says of it.
         part: What this rank wrote, or rank 0 where the run had fewer.
+        own: Whether this rank wrote it.
     """
 
     path: Path
     manifest: dict[str, Any]
     part: bytes
+    own: bool = True
 
 
 class CheckpointFolder:
@@ -78,11 +81,9 @@ class CheckpointFolder:
         manifest = {"format": FORMAT, "steps": steps, "world_size": self._world_size, "parts": parts, **said}
         _write(folder / MANIFEST, json.dumps({"sha256": _hash(manifest), **manifest}, indent=1).encode())
         _sync_folder(self.path)
-        for old in [each for each in self._folders() if (each / MANIFEST).exists()][KEPT:]:
-            self._remove(old)
-        for each in self._folders():
-            if not (each / MANIFEST).exists():
-                self._remove(each)
+        whole = [each for each in self._folders() if (each / MANIFEST).exists()]
+        for each in [each for each in self._folders() if each not in whole[:KEPT]]:
+            _remove(each)
         return folder
 
     def newest(self) -> Checkpoint | None:
@@ -126,20 +127,27 @@ class CheckpointFolder:
             if hashlib.sha256(data).hexdigest() != each["sha256"]:
                 raise DamagedError(f"{each['name']} is not what was written: its SHA-256 is another")
             parts[each["name"]] = data
-        return Checkpoint(folder, manifest, parts.get(_name_of_part(self._rank), parts[_name_of_part(0)]))
+        own = _name_of_part(self._rank)
+        if _name_of_part(0) not in parts:
+            raise DamagedError(f"{_name_of_part(0)} is missing")
+        return Checkpoint(folder, manifest, parts.get(own, parts[_name_of_part(0)]), own in parts)
 
     def _folder(self, steps: int) -> Path:
         return self.path / f"{steps:012d}"
 
     def _folders(self) -> Iterator[Path]:
         """Those of checkpoints, the newest first."""
-        names = (each for each in self.path.iterdir() if each.name.isdigit() and each.is_dir())
+        names = (each for each in self.path.iterdir() if re.fullmatch(r"\d{12,}", each.name) and each.is_dir())
         yield from sorted(names, key=lambda each: int(each.name), reverse=True)
 
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        _unlink(folder / MANIFEST)  # first: what is half removed is none
-        shutil.rmtree(folder, ignore_errors=True)
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: first its manifest, as what is half removed is none, and nothing that is not of it."""
+    _unlink(folder / MANIFEST)
+    for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(_name_of_part("*"))):
+        _unlink(path)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _name_of_part(rank: int) -> str:
+def _name_of_part(rank: int | str) -> str:
     return f"rank-{rank}.pkl"
 
 

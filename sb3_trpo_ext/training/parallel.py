@@ -147,14 +147,6 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
 
-    def _part_from_the_first(self) -> None:
-        """Be a worker of one's own, having taken over all that the first of other workers had."""
-        if "_past_rollouts" in vars(self):  # of the first worker's environments
-            setattr(self, "_past_rollouts", ())  # noqa: B010  # declared where it is used
-        self._part_random_streams()
-        if self.reduction.rank:
-            self.action_space.seed(int(np.random.randint(2**31)))
-
     # Learning.
 
     def _note_statistics(self) -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from envs import ACTION_SPACES, OBSERVATION_SPACES, RandomEnv
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -33,6 +33,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_trpo_ext import NPG, TRPO, MaskableTRPO, PPOClip, PPOPenalty, RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
@@ -88,7 +89,7 @@ def masked() -> gym.Env:
     return MaskedEnv(gym.spaces.Box(-1, 1, (5,)), gym.spaces.Discrete(4))
 
 
-def build(algorithm: Any, env: str = "CartPole-v1", normalize: bool = False, **kwargs: Any) -> Any:
+def build(algorithm: Any, env: Any = "CartPole-v1", normalize: bool = False, **kwargs: Any) -> Any:
     """A small model in a process of its own, as far as it can tell."""
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(int(time.time_ns()) % 2**31)
@@ -294,7 +295,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("call", ["fsync", "replace", "unlink", "rmtree", "mkdir"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "unlink", "rmdir", "mkdir"])
 def test_killed_while_a_checkpoint_is_written(call: str, tmp_path: Path) -> None:
     """At the first, the second, ... call of the system that writing makes, the first checkpoint's included."""
 
@@ -303,7 +304,7 @@ def test_killed_while_a_checkpoint_is_written(call: str, tmp_path: Path) -> None
 
     whole, result = tmp_path / "whole.json", tmp_path / "result.json"
     assert in_a_child(finishing(make, tmp_path / "w", whole, 192)) == 0
-    owner = {"fsync": os, "replace": os, "unlink": Path, "rmtree": shutil, "mkdir": Path}[call]
+    owner = {"fsync": os, "replace": os, "unlink": Path, "rmdir": Path, "mkdir": Path}[call]
 
     def killed_at(count: int) -> Callable[[], None]:
         def program() -> None:
@@ -374,6 +375,23 @@ def test_sigterm_is_only_heard_while_learning(tmp_path: Path) -> None:
         assert (tmp_path / "other" / "000000000064").exists()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_may_have_ended_the_environments_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class TerminateAll(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+                for worker in env.processes:
+                    worker.kill()
+            return True
+
+    env = SubprocVecEnv([lambda: gym.make("CartPole-v1")] * 2, start_method="fork")
+    model = TRPO("MlpPolicy", env, n_steps=STEPS, device="cpu", seed=0)
+    with pytest.raises(SystemExit) as ended:
+        model.learn(TOTAL, checkpoint_dir=tmp_path, checkpoint_freq=1, callback=TerminateAll())
+    assert ended.value.code == 0
+    assert "The checkpoint at 64 timesteps is in" in capsys.readouterr().out
 
 
 class Terminate(BaseCallback):
@@ -540,6 +558,75 @@ def test_callbacks_of_the_user_keep_their_attributes(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"`Counting._lock`"):
         resumed(lambda: build(TRPO), tmp_path, other)
     assert other.seen[2:] == counting.seen[2:] and len(other.seen) == 2 + TOTAL // 2
+
+
+class Scheduled(RolloutBuffer):
+    """A rollout buffer that counts."""
+
+    rollouts = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.rollouts += 1
+        self.gae_lambda = 0.9 + 0.01 * min(self.rollouts, 9)
+
+
+class CountingExtractor(FlattenExtractor):
+    """Features that change with the number of times that it was switched to training."""
+
+    calls = 0
+
+    def train(self, mode: bool = True) -> Any:
+        self.calls += mode
+        return super().train(mode)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return super().forward(observations) * (1 + 1e-3 * self.calls)
+
+
+def test_buffers_and_networks_of_the_user_keep_their_attributes(tmp_path: Path) -> None:
+    def make() -> Any:
+        policy = {"features_extractor_class": CountingExtractor}
+        return build(PPOClip, rollout_buffer_class=Scheduled, policy_kwargs=policy)
+
+    whole = uninterrupted(make)
+    killed(make, 200, tmp_path)
+    model = resumed(make, tmp_path)
+    require_same(model, whole)
+    assert model.rollout_buffer.rollouts == whole.rollout_buffer.rollouts
+    assert model.policy.features_extractor.calls == whole.policy.features_extractor.calls > 5
+
+
+def test_a_bar_of_progress_may_come_and_go(tmp_path: Path) -> None:
+    def counted() -> Any:
+        return CheckpointCallback(10_000, str(tmp_path / "models"))
+
+    killed(lambda: build(TRPO), 200, tmp_path / "c", counted(), progress_bar=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The run had")
+        callback = counted()
+        resumed(lambda: build(TRPO), tmp_path / "c", callback)
+    assert callback.n_calls == TOTAL // 2
+
+
+def test_what_is_learnt_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    """The parts of several ranks in one checkpoint."""
+    killed(lambda: build(TRPO, "Pendulum-v1", normalize=True), 150, tmp_path)
+    (folder,) = (path for path in tmp_path.iterdir() if path.name.endswith("128"))
+    part = (folder / "rank-0.pkl").read_bytes()
+    ranks = [checkpoint_files.CheckpointFolder(tmp_path, rank, 2) for rank in range(2)]
+    said = checkpoint_files.read_manifest(folder / "manifest.json")
+    entries = [each.write_part(128, part) for each in ranks]
+    ranks[0].write_manifest(128, entries, {name: said[name] for name in said if name not in ("parts", "world_size")})
+    assert [checkpoint_files.CheckpointFolder(tmp_path, rank, 3).newest().own for rank in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    with pytest.warns(UserWarning, match="begin new episodes.*the run had 2 processes, and has 1"):
+        model = resumed(lambda: build(TRPO, "Pendulum-v1", normalize=True), tmp_path)
+    assert model.num_timesteps == TOTAL and model._n_updates == TOTAL // 64
+    assert model.get_vec_normalize_env().obs_rms.count > TOTAL
 
 
 def test_tensorboard_goes_on_in_the_same_folder(tmp_path: Path) -> None:
@@ -774,6 +861,14 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "gamma": (lambda: build(TRPO, gamma=0.9), "gamma is 0.99 there and 0.9 here"),
     "n_steps": (lambda: build(TRPO, n_steps=64), "n_steps is 32 there and 64 here"),
     "schedule": (lambda: build(TRPO, target_kl=lambda p: 0.01 * p + 0.001), "target_kl is 0.01 there and a schedule"),
+    "task": (
+        lambda: build(TRPO, "CartPole-v0"),
+        r"to 500 .*\(CartPole-v1\) there and .*to 200 steps.*\(CartPole-v0\)",
+    ),
+    "kwargs": (
+        lambda: build(TRPO, lambda: gym.make("CartPole-v1", sutton_barto_reward=True)),
+        r"\(CartPole-v1\) there and .*\(CartPole-v1, {'sutton_barto_reward': True}\) here",
+    ),
     "algorithm": (lambda: build(NPG), "the algorithm is TRPO there and NPG here"),
     "spaces": (lambda: build(TRPO, "Acrobot-v1"), "the observation space is Box.* there and Box"),
     "wrappers": (
@@ -821,8 +916,9 @@ def test_arguments_that_cannot_work(tmp_path: Path) -> None:
     assert model.num_timesteps == 0
     (tmp_path / "notes.txt").write_text("of the user")
     (tmp_path / "123").mkdir()
+    (tmp_path / "123" / "of the user").touch()
     build(MaskableTRPO).learn(64, use_masking=True, checkpoint_dir=tmp_path)
-    assert (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "123" / "of the user").exists()
 
 
 def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

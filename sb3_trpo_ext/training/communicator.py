@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from types import FrameType
@@ -29,8 +29,15 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AGES = timedelta(days=7)
 """How long a message may take. Others may evaluate for minutes or hours: whether they live is not told by that."""
 
-LOOK = timedelta(seconds=0.5)
-"""How long a message is waited for before it is asked what has become of the others."""
+SLICE = timedelta(seconds=0.5)
+"""How long a message is waited for at a time, where others may take their time: between two, Ctrl-C is heard."""
+
+DIRECT_WORKERS, DIRECT_BYTES = 8, 2**20
+"""Up to so many workers, and so large a vector, each sends what it has to all others. That is one step, where a ring
+takes two for each worker, and on one machine a step takes longer than what is carried in it. Two always do so."""
+
+NO_DATA = 2**20
+"""A tag that no message has."""
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -50,15 +57,14 @@ def launched() -> tuple[int, int] | None:
 class ProcessGroup:
     """Messages between the processes, by a group of torch.distributed that is made when the first one is sent.
 
-    There is one object for a process. When a worker gives up in the midst of the others, whose next message would never
-    come, the group is left as it is and another one, of the next *generation*, takes its place: nobody can say what was
-    on its way.
+    There is one object for a process. A worker that gives up in the midst of the others closes its connections, so that
+    their messages fail, and a group of the next *generation* takes the place of the one that was.
 
     Attributes:
         rank: Which of the workers this one is.
         workers: How many there are.
         messages: How many have been sent.
-        bytes: What of them has reached this worker, and what it has passed on in a sum.
+        bytes: What of them has reached this worker.
         silence: Seconds without a sign of life after which a worker is taken to be lost.
     """
 
@@ -68,12 +74,13 @@ class ProcessGroup:
     def __init__(self, rank: int, workers: int) -> None:
         self.rank, self.workers = rank, workers
         self.messages = self.bytes = 0
+        self._others = [other for other in range(workers) if other != rank]
         self._group: Any = None
+        self._store: Any = None
         self._generation = 0
         self._room = 1024
         self._pulse: _Pulse | None = None
-        self._watched: tuple[Any, float] = None, 0.0
-        self._explaining = False
+        self._is_ending = False
 
     @classmethod
     def of_this_process(cls) -> ProcessGroup | None:
@@ -90,28 +97,36 @@ class ProcessGroup:
 
     def all_reduce(self, vector: Tensor) -> Tensor:
         """See `core.reduction.Communicator`."""
+        if self._is_direct(vector):
+            parts = self._to_all(vector)
+            total = parts[0] + parts[1]
+            for part in parts[2:]:
+                total += part
+            return total
         result = self._staged(vector).clone()
-        self._send(result, lambda group: dist.all_reduce(result, group=group, async_op=True))
+        self._take_part(lambda group: dist.all_reduce(result, group=group, async_op=True), result)
         self.bytes += 2 * result.nbytes * (self.workers - 1) // self.workers
         return result.to(vector.device)
 
-    def all_gather(self, vector: Tensor) -> list[Tensor]:
-        """See `core.reduction.Communicator`."""
+    def all_gather(self, vector: Tensor, *, patient: bool = False) -> list[Tensor]:
+        """See `core.reduction.Communicator`; others may take their time where this is to be patient."""
+        if self._is_direct(vector) and not patient:
+            return self._to_all(vector)
         mine = self._staged(vector).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.workers)]
-        self._send(mine, lambda group: dist.all_gather(parts, mine, group=group, async_op=True))
+        self._take_part(lambda group: dist.all_gather(parts, mine, group=group, async_op=True), mine)
         self.bytes += mine.nbytes * (self.workers - 1)
         return [part.to(vector.device) for part in parts]
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """See `core.reduction.Communicator`."""
         result = self._staged(vector).clone()
-        self._send(result, lambda group: dist.broadcast(result, src=0, group=group, async_op=True))
+        self._take_part(lambda group: dist.broadcast(result, src=0, group=group, async_op=True), result)
         self.bytes += result.nbytes
         return result.to(vector.device)
 
     def exchange(self, mine: Any) -> list[Any]:
-        """What each worker tells the others, anything that can be pickled.
+        """What each worker tells the others, anything that can be pickled; it waits for them as long as they take.
 
         One message where what each has to tell fits into the room for it, which follows what they had to tell before.
         """
@@ -124,7 +139,7 @@ class ProcessGroup:
         if missing > 0:
             more = self._gather_bytes(rest.ljust(missing, b"\0"))
             parts = [part + other for part, other in zip(parts, more, strict=True)]
-        self._room = max(self._room, 2 * max(sizes)) if missing > 0 else self._room
+            self._room = 2 * max(sizes)
         return [pickle.loads(part[8 : 8 + size]) for part, size in zip(parts, sizes, strict=True)]
 
     def of_first(self, mine: Any) -> Any:
@@ -135,135 +150,78 @@ class ProcessGroup:
         return pickle.loads(text.numpy().tobytes())
 
     def _gather_bytes(self, mine: bytes) -> list[bytes]:
-        parts = self.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        parts = self.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8), patient=True)
         return [part.numpy().tobytes() for part in parts]
 
     def _staged(self, vector: Tensor) -> Tensor:
         """A vector where the group takes it from: a GPU that several workers share has no group of its own."""
         return vector if vector.device.type == "cpu" or has_own_gpu() else vector.cpu()
 
-    def _send(self, vector: Tensor, start: Callable[[Any], Any]) -> None:
-        """Take part in a message, and wait until it is complete."""
-        if self._pulse is not None and self._pulse.is_lost:  # a second run may be started in the place of this one
-            raise WorkerError("torchrun, or whoever keeps the store of torch.distributed, was lost.")
-        work = None
-        group = self._ready()
+    def _is_direct(self, vector: Tensor) -> bool:
+        few = self.workers <= DIRECT_WORKERS and vector.nbytes <= DIRECT_BYTES
+        return (few or self.workers == 2) and not (vector.is_cuda and has_own_gpu())
+
+    def _to_all(self, vector: Tensor) -> list[Tensor]:
+        """What each worker has, sent by each to all others."""
+        mine, group = self._staged(vector).contiguous(), self._ready()
+        parts = [mine if rank == self.rank else torch.empty_like(mine) for rank in range(self.workers)]
+        try:
+            works = [group.send([mine], other, 0) for other in self._others]
+            works += [group.recv([parts[other]], other, 0) for other in self._others]
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            self._explain(error)
+        self.messages += 1
+        self.bytes += mine.nbytes * len(self._others)
+        return parts if mine is vector else [part.to(vector.device) for part in parts]
+
+    def _take_part(self, start: Callable[[Any], Any], vector: Tensor) -> None:
+        """Take part in what all workers do with a vector, and wait until it is complete."""
+        group, work = self._ready(), None
         try:
             work = start(group)
             (self._poll if vector.is_cuda else self._wait)(work)
-        except BaseException:
-            if work is not None and not work.is_completed():
+        except BaseException as error:
+            self._break()
+            if work is not None and not _completes(work):
                 # Whoever deletes a group waits for its messages, and this one may never be complete.
                 for held in (group, work):
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
                 self._group = None
+            if isinstance(error, RuntimeError) and not isinstance(error, WorkerError):
+                self._explain(error)
             raise
         self.messages += 1
 
-    def _wait(self, work: Any) -> None:
+    @staticmethod
+    def _wait(work: Any) -> None:
         while True:
             try:
-                work.wait(LOOK)
+                work.wait(SLICE)
                 return
             except RuntimeError as error:
-                if "timed out" not in str(error).lower():
-                    self._explain(error)
-            self._look()
+                if "operation timed out" not in str(error).lower():
+                    raise
 
     def _poll(self, work: Any) -> None:
-        """Wait without blocking, for NCCL, which would give up its communicator where a wait is not long enough."""
-        end = time.monotonic() + LOOK.total_seconds()
+        """Wait without blocking, for NCCL, whose messages nobody could break off."""
         while not work.is_completed():
             time.sleep(1e-5)
-            if time.monotonic() > end:
-                self._look()
-                end = time.monotonic() + LOOK.total_seconds()
-        try:
-            work.wait()
-        except RuntimeError as error:
-            self._explain(error)
+            if self._pulse is not None and self._pulse.verdict:
+                raise WorkerError(self._pulse.verdict)
+        work.wait()
 
     def _ready(self) -> Any:
         """The group, made anew if it has to be."""
         if self._group is None:
             backends = "cpu:gloo,cuda:nccl" if has_own_gpu() else "gloo"
-            if not dist.is_initialized():
-                dist.init_process_group(backends)
+            initialize(backends)
             self._store = dist.distributed_c10d._get_default_store()
             self._group = dist.new_group(timeout=AGES, backend=backends)
         return self._group
 
     # Failures.
-
-    def give_up(self, error: BaseException) -> None:
-        """Let the others know that this worker will not go on, and leave the group."""
-        if not isinstance(error, WorkerError):
-            self._publish(f"rank {self.rank} ended it: {_in_words(error)}")
-        self._leave()
-
-    def _publish(self, cause: str) -> str:
-        """Keep the first cause that a worker tells; that which was kept."""
-        try:
-            kept = self._store.compare_set(self._key("cause"), "", cause)
-        except RuntimeError:
-            return cause
-        return str((kept.decode() if isinstance(kept, bytes) else kept) or cause)
-
-    def _key(self, name: str) -> str:
-        return f"sb3_trpo_ext/{self._generation}/{name}"
-
-    def _look(self) -> None:
-        """Raise `WorkerError` if another worker has given up, or gives no sign of life."""
-        try:
-            if self._store.check([self._key("cause")]):
-                raise WorkerError(self._store.get(self._key("cause")).decode())
-            neighbour = (self.rank + 1) % self.workers
-            beat = self._beat(neighbour)
-        except WorkerError:
-            raise
-        except RuntimeError as error:
-            self._explain(error)
-        now = time.monotonic()
-        if beat is None or beat != self._watched[0]:
-            self._watched = beat, now
-        elif now - self._watched[1] > self.silence:
-            silent = f"rank {neighbour} has given no sign of life for {self.silence:g} s: it is frozen, or cut off"
-            raise WorkerError(self._publish(silent))
-
-    def _explain(self, error: RuntimeError) -> NoReturn:
-        """Raise `WorkerError` with the reason for a broken connection: what a worker told, or which one is silent."""
-        self._explaining = True
-        try:
-            raise WorkerError(self._reason(error)) from error
-        finally:
-            self._explaining = False
-
-    def _reason(self, error: RuntimeError) -> str:
-        try:
-            before = [self._beat(rank) for rank in range(self.workers)]
-            end = time.monotonic() + 3 * BEAT
-            while time.monotonic() < end:
-                if self._store.check([self._key("cause")]):
-                    return self._store.get(self._key("cause")).decode()
-                time.sleep(0.1)
-            after = [self._beat(rank) for rank in range(self.workers)]
-        except RuntimeError:
-            return f"rank 0, or the store of torch.distributed, was lost ({error})"
-        lost = [str(rank) for rank in range(self.workers) if rank != self.rank and before[rank] == after[rank]]
-        ranks = f"rank {' and '.join(lost)}" if lost else "a rank"
-        return self._publish(f"{ranks} was lost: its process ended, or the connection to it broke ({error})")
-
-    def _beat(self, rank: int) -> bytes | None:
-        """The last sign of life of a worker; None if it has never given one."""
-        key = f"sb3_trpo_ext/beat/{rank}"
-        return self._store.get(key) if self._store.check([key]) else None
-
-    def _leave(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            dist.destroy_process_group(group)
-        self._generation += 1
-        self._watched = None, 0.0
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -276,32 +234,108 @@ class ProcessGroup:
             return
         self._ready()
         try:
-            with _Pulse(self._store, self.rank) as self._pulse, _terminates_in_order(self):
+            with _Pulse(self) as self._pulse, _terminates_in_order(self):
                 try:
                     yield
                 except BaseException as error:
-                    self.give_up(error)
+                    self._is_ending = True
+                    if not isinstance(error, WorkerError):
+                        self.publish(self._store, f"rank {self.rank} ended it: {_in_words(error)}")
+                    self._leave()
                     raise
         finally:
-            self._pulse = None
+            self._pulse, self._is_ending = None, False
+
+    def publish(self, store: Any, cause: str) -> str:
+        """Keep the first cause that a worker tells; returns that which was kept."""
+        try:
+            kept = store.compare_set(self._key("cause"), "", cause)
+        except RuntimeError:
+            return cause
+        return str((kept.decode() if isinstance(kept, bytes) else kept) or cause)
+
+    def published(self, store: Any) -> str:
+        """The cause that a worker has told; empty if none has."""
+        key = self._key("cause")
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def _key(self, name: str) -> str:
+        return f"sb3_trpo_ext/{self._generation}/{name}"
+
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Raise `WorkerError` with the reason for a broken connection: what a worker told, or which one is silent."""
+        self._is_ending = True
+        raise WorkerError(self._reason(error)) from error
+
+    def _reason(self, error: RuntimeError) -> str:
+        if self._pulse is not None and self._pulse.verdict:
+            return self._pulse.verdict
+        try:
+            before = [beat_of(self._store, rank) for rank in range(self.workers)]
+            end = time.monotonic() + 3 * BEAT
+            while time.monotonic() < end:
+                if cause := self.published(self._store):
+                    return cause
+                time.sleep(0.05)
+            after = [beat_of(self._store, rank) for rank in range(self.workers)]
+        except RuntimeError:
+            return f"rank 0, or the store of torch.distributed, was lost ({error})"
+        lost = [str(rank) for rank in self._others if before[rank] == after[rank]]
+        ranks = f"rank {' and '.join(lost)}" if lost else "a rank"
+        lines = str(error).splitlines() or [""]
+        return self.publish(
+            self._store, f"{ranks} was lost: its process ended, or the connection to it broke ({lines[0]})"
+        )
+
+    def _break(self) -> None:
+        """Close the connections of the group, so that all messages under way fail, here and elsewhere.
+
+        Gloo does so where a message has not come in time.
+        """
+        if self._group is not None:
+            with suppress(RuntimeError):
+                self._group.recv([torch.empty(1)], self._others[0], NO_DATA).wait(timedelta(milliseconds=1))
+
+    def _leave(self) -> None:
+        self._break()
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
+        self._generation += 1
+
+
+def _completes(work: Any, seconds: float = 2.0) -> bool:
+    """Whether a message is over, completed or failed, within some time."""
+    end = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def beat_of(store: Any, rank: int) -> bytes | None:
+    """The last sign of life of a worker; None if it has never given one."""
+    key = f"sb3_trpo_ext/beat/{rank}"
+    return store.get(key) if store.check([key]) else None
 
 
 class _Pulse:
-    """Signs of life in the store, by a thread of their own.
+    """Signs of life in the store, by a thread that also watches the next worker, and breaks off what is hopeless.
 
     Args:
-        store: The store.
-        rank: Whose.
+        group: The workers.
 
     Attributes:
-        is_lost: Whether the store has gone, and torchrun, or whoever had it, with it.
+        verdict: Why messages were broken off; empty if they were not.
     """
 
-    def __init__(self, store: Any, rank: int) -> None:
-        self._store = store.clone() if hasattr(store, "clone") else store
-        self._key = f"sb3_trpo_ext/beat/{rank}"
+    def __init__(self, group: ProcessGroup) -> None:
+        store = group._store
+        self.verdict = ""
+        self._group, self._store = group, store.clone() if hasattr(store, "clone") else store
+        self._neighbour = (group.rank + 1) % group.workers
         self._ended = threading.Event()
-        self.is_lost = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="sb3_trpo_ext-pulse")
 
     def __enter__(self) -> _Pulse:
@@ -313,14 +347,30 @@ class _Pulse:
         self._thread.join(2 * BEAT)
 
     def _run(self) -> None:
-        while True:
+        last, since = None, time.monotonic()
+        while not self.verdict:
             try:
-                self._store.set(self._key, str(time.time()))
+                self._store.set(f"sb3_trpo_ext/beat/{self._group.rank}", str(time.time()))
+                beat = beat_of(self._store, self._neighbour)
+                self.verdict = self._group.published(self._store)
             except RuntimeError:
-                self.is_lost = not self._ended.is_set()
-                return
+                if self._ended.is_set():
+                    return
+                # Nobody would end this process if another were lost, and the same command may be started again.
+                self.verdict = "torchrun, or whoever else keeps the store of torch.distributed, was lost"
+                break
+            now = time.monotonic()
+            if beat is None or beat != last:
+                last, since = beat, now
+            elif now - since > self._group.silence and not self.verdict:
+                self.verdict = self._group.publish(
+                    self._store,
+                    f"rank {self._neighbour} has given no sign of life for {self._group.silence:g} s: it is frozen, or "
+                    "cut off",
+                )
             if self._ended.wait(BEAT):
                 return
+        self._group._break()
 
 
 @contextmanager
@@ -332,7 +382,7 @@ def _terminates_in_order(group: ProcessGroup) -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        if not group._explaining:  # torchrun ends all when one is lost, and the others are about to say which
+        if not group._is_ending:  # torchrun ends all when one is lost, and the others are about to say which
             raise SystemExit(f"Rank {group.rank} was ended by SIGTERM.")
 
     signal.signal(signal.SIGTERM, end)
@@ -340,6 +390,23 @@ def _terminates_in_order(group: ProcessGroup) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def initialize(backends: str) -> None:
+    """Initialise torch.distributed, if nobody has.
+
+    Where ``torchrun --max-restarts`` starts processes again, the store may still hold the addresses of those before
+    (https://github.com/pytorch/pytorch/issues/135712): on one machine each start has a part of the store for itself.
+    """
+    if dist.is_initialized():
+        return
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backends)
+        return
+    store, rank, workers = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"sb3_trpo_ext/start {start}", store)
+    dist.init_process_group(backends, store=store, rank=rank, world_size=workers)
 
 
 @cache

@@ -45,6 +45,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrappe
 from sb3_trpo_ext.core.arguments import values_of
 from sb3_trpo_ext.core.reduction import ALONE, Reduction, SharedReduction, merged_moments, moments_here
 from sb3_trpo_ext.rollout.buffers import by_time
+from sb3_trpo_ext.rollout.known_classes import is_idle
 from sb3_trpo_ext.training.communicator import ProcessGroup, has_own_gpu, launched
 
 BASES = (BaseCallback, EventCallback, CallbackList, ConvertCallback)
@@ -179,7 +180,9 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if self._processes is not None:
-            callback = CountingCallback(callback_of(callback, self._processes.rank), self._processes.workers)
+            callback = callback_of(callback, self._processes.rank)
+            if progress_bar or not is_idle(callback):  # nobody looks at a count that ends with the rollout
+                callback = CountingCallback(callback, self._processes.workers)
         return super()._init_callback(callback, progress_bar)
 
     def _as_one_rollout(self, collect: Callable[[], bool]) -> bool:
@@ -280,10 +283,12 @@ class Session:
         processes: All of them.
 
     Attributes:
+        others_steps: Steps of this rollout that were counted for the other workers.
         moments_of_returns: What each worker said of the returns of the last rollout; see `core.reduction`.
     """
 
     moments_of_returns: torch.Tensor | None = None
+    others_steps: int = 0
 
     def __init__(self, model: Any, processes: ProcessGroup) -> None:
         self._model, self._processes = model, processes
@@ -377,7 +382,7 @@ class Session:
     def begin_rollout(self) -> None:
         """Remember what the rollout adds to."""
         model = self._model
-        self._steps_before = model.num_timesteps
+        self._steps_before, self.others_steps = model.num_timesteps, 0
         self._episodes_before = list(model.ep_info_buffer), list(model.ep_success_buffer)
         model.ep_info_buffer, model.ep_success_buffer = map(deque, self._episodes_before)  # without an end
 
@@ -400,7 +405,7 @@ class Session:
         infos, successes = self._episodes_before
         mine = (
             completed,
-            (model.num_timesteps - self._steps_before) // processes.workers,
+            model.num_timesteps - self._steps_before - self.others_steps,
             self._fingerprint(),
             list(model.ep_info_buffer)[len(infos) :],
             list(model.ep_success_buffer)[len(successes) :],
@@ -416,7 +421,7 @@ class Session:
                     f"Rank {rank} has another model than rank 0 has: something has changed parameters, optimiser or "
                     "critic of one of them alone. Let a callback that does so run everywhere: every_rank(callback)."
                 )
-        model.num_timesteps = self._steps_before + sum(steps)
+        model.num_timesteps, self.others_steps = self._steps_before + sum(steps), 0
         self._keep_episodes(chain(infos, *new_infos), chain(successes, *new_successes))
         for index, normalizer in enumerate(self._normalizers):
             self._merged[index] = merged(self._merged[index], [each[index] for each in statistics])
@@ -715,5 +720,7 @@ class CountingCallback(CallbackList):
 
     def on_step(self) -> bool:
         """See `BaseCallback.on_step`."""
-        self.model.num_timesteps += self._others * self.model.n_envs
+        steps, model = self._others * self.model.n_envs, self.model
+        model.num_timesteps += steps
+        model._session.others_steps += steps  # type: ignore[attr-defined]
         return super().on_step()

@@ -18,6 +18,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.training.communicator import initialize
 from sb3_trpo_ext.zoo.registry import ALGORITHMS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
@@ -189,8 +190,7 @@ def workers() -> tuple[int, int]:
 
 def of_the_first(value: Any) -> Any:
     """What the first of the processes that torchrun started has."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    initialize("gloo")
     values = [value]
     dist.broadcast_object_list(values, group=dist.new_group(backend="gloo"))
     return values[0]

@@ -224,7 +224,10 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo-target": (PPOClip, {"batch_size": 24, "n_epochs": 3, "target_kl": 1e-3, "fast_updates": False}),
     "ppo-penalty": (PPOPenalty, {"batch_size": 24, "n_epochs": 2}),
     "ppo-recurrent": (RecurrentPPOClip, {"batch_size": 24, "n_epochs": 2}),
-    "dropout": (PPOClip, {"batch_size": 24, "policy_kwargs": {"features_extractor_class": NoisyExtractor}}),
+    "dropout": (
+        PPOClip,
+        {"batch_size": 24, "n_epochs": 2, "policy_kwargs": {"features_extractor_class": NoisyExtractor}},
+    ),
 }
 
 

@@ -6,6 +6,7 @@ message: a sign of life of each, and why one of them gave up while others were w
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import pickle
@@ -400,6 +401,7 @@ def initialize(backends: str) -> None:
     """
     if dist.is_initialized():
         return
+    atexit.register(_finalize)  # whose threads the end of the interpreter would take for an error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if start == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backends)
@@ -407,6 +409,12 @@ def initialize(backends: str) -> None:
     store, rank, workers = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"sb3_trpo_ext/start {start}", store)
     dist.init_process_group(backends, store=store, rank=rank, world_size=workers)
+
+
+def _finalize() -> None:
+    """Leave torch.distributed, if nobody has."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @cache

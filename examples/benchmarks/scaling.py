@@ -143,6 +143,9 @@ NETWORKS = [
 ]
 
 
+NO_TIME = Network("none", 0.0, math.inf, "imagined")
+
+
 class SimulatedWorkers:
     """What the first of W workers meets where all have the same samples: messages that take their time.
 
@@ -154,11 +157,12 @@ class SimulatedWorkers:
     rank = 0
 
     def __init__(self, workers: int, network: Network) -> None:
-        self.workers, self._network = workers, network
+        self.workers, self.network = workers, network
         self.messages = self.bytes = 0
+        self._drawn: dict[int, list[Tensor]] = {}
 
     def _travel(self, kind: str, vector: Tensor) -> None:
-        end = time.perf_counter() + self._network.seconds(kind, vector.nbytes, self.workers)
+        end = time.perf_counter() + self.network.seconds(kind, vector.nbytes, self.workers)
         self.messages += 1
         self.bytes += int(steps_and_volume(kind, vector.nbytes, self.workers)[1])
         while time.perf_counter() < end:
@@ -172,7 +176,11 @@ class SimulatedWorkers:
     def all_gather(self, vector: Tensor) -> list[Tensor]:
         """See `core.reduction.Communicator`."""
         self._travel("all_gather", vector)
-        return [vector] * self.workers
+        if vector.dtype != torch.uint8:
+            return [vector] * self.workers
+        drawn = self._drawn.setdefault(len(vector), [])  # samples: the others have drawn what was drawn before
+        drawn.append(vector)
+        return [vector, *(drawn[-1 - number % len(drawn)] for number in range(1, self.workers))]
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """See `core.reduction.Communicator`."""
@@ -200,21 +208,15 @@ def train_timed(case: Case, arm: str, meeting: Path, n_processes: int) -> None:
     (meeting / str(os.getpid())).touch()
     while len(list(meeting.iterdir())) < n_processes:
         time.sleep(0.01)
-    before = sent()
     start = time.perf_counter()
     model.learn(case.iterations * steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
-    messages, size = ((now - then) / case.iterations for now, then in zip(sent(), before, strict=True))
-    rate = case.iterations * steps / seconds
+    found = {"rate": case.iterations * steps / seconds}
+    for name in ("messages", "message_bytes"):  # of the last update and the rollout before it
+        found[name] = model.logger.name_to_value.get(f"train/{name}", 0)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps({"rate": rate, "messages": messages, "bytes": size}), flush=True)
+        print(json.dumps(found), flush=True)
     env.close()
-
-
-def sent() -> tuple[int, int]:
-    """Messages that this process has exchanged with the other workers, and their bytes."""
-    group = ProcessGroup.of_this_process()
-    return (0, 0) if group is None else (group.messages, group.bytes)
 
 
 def measure(case: Case, arm: str) -> dict[str, float]:
@@ -287,6 +289,7 @@ def simulate(updates: int = 9) -> dict[str, Any]:
 
     from sb3_trpo_ext import TRPO
     from sb3_trpo_ext.core.reduction import ALONE, SharedReduction
+    from sb3_trpo_ext.rollout.buffers import whole_rollout
 
     torch.set_num_threads(1)
     here, messages = fitted()
@@ -300,8 +303,11 @@ def simulate(updates: int = 9) -> dict[str, Any]:
     rows = []
     for network in [here, *NETWORKS]:
         for workers in WORKERS:
-            simulated = SimulatedWorkers(workers, network)
+            simulated = SimulatedWorkers(workers, NO_TIME)
             model.reduction = SharedReduction(simulated) if workers > 1 else ALONE
+            for _ in range(min(workers - 1, 512)):
+                whole_rollout(model.rollout_buffer, model.action_space, model.reduction).subset(512)
+            simulated.network = network
             seconds = []
             for _ in range(updates):
                 model.policy.load_state_dict(parameters["policy"])
@@ -349,7 +355,7 @@ def row_of(case: Case, rounds: list[dict[str, Any]]) -> str:
     cells = [over(arm, "single") for arm in ("ceiling", "workers")]
     cells += [over("workers", "ceiling"), f"{case.asked}"]
     cells += [over(arm, "single") for arm in ("subprocesses", "peer")]
-    return f"| {case.name} | " + " | ".join(cells) + f" | {sent['messages']:.0f}, {sent['bytes'] / 1e3:.0f} |"
+    return f"| {case.name} | " + " | ".join(cells) + f" | {sent['messages']:.0f}, {sent['message_bytes'] / 1e3:.0f} |"
 
 
 def report_simulation(simulation: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
     python examples/benchmarks/scaling.py                      # everything (half an hour)
     python examples/benchmarks/scaling.py --cases Hopper-v5    # those whose name contains a word
     python examples/benchmarks/scaling.py --simulate           # the simulation alone
+    python examples/benchmarks/scaling.py --learn              # what two workers learn, alone
     python examples/benchmarks/scaling.py --report             # tables and plot of what was measured
 
 *Measured.* Ways to train on twice the environments of a case, against *single*, one process with those of the case:
@@ -15,6 +16,9 @@
 Every measurement is fresh processes of one thread: one iteration to warm up, then all wait for each other, then the
 timed iterations. The arms take turns. The tables show steps a second of all processes together over those of *single*,
 the median of paired ratios with the smallest and the largest.
+
+*Learnt.* Hopper-v5, 150k steps, VecNormalize: two workers of one environment beside one process of two; mean return of
+the last 100 training episodes, over seeds, with its 95 % Student-t interval.
 
 *Simulated.* One process takes real updates as the first of W workers: it computes what a worker computes, and wherever
 a message would travel it waits for as long as a network needs, while the others' shares are copies of its own. A
@@ -40,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jobs import interval
 from speed import spread
 from torch import Tensor
 
@@ -49,6 +54,8 @@ RESULTS = Path(__file__).parent / "results" / "scaling.json"
 FIGURE = RESULTS.parent / "scaling.png"
 ARMS = ("single", "ceiling", "workers", "subprocesses", "peer")
 PEERS = {"TRPO": "sb3_contrib.TRPO", "PPOClip": "stable_baselines3.PPO"}
+SEEDS = range(5)
+LEARNERS = ("one process, 2 environments", "2 workers, 1 environment each")
 WORKERS = [2**power for power in range(11)]
 SIZES = [16, 256, 4096, 16384, 65536]
 """Numbers of 32 bits in the messages that are timed."""
@@ -238,6 +245,39 @@ def measure(case: Case, arm: str) -> dict[str, float]:
     return found[0] | {"rate": sum(each["rate"] for each in found)}
 
 
+# Learnt.
+
+
+def learn_one(seed: int) -> None:
+    """Train as one process, or as one of two workers, and print the score of the first."""
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from sb3_trpo_ext import TRPO
+
+    torch.set_num_threads(1)
+    env = VecNormalize(make_vec_env("Hopper-v5", 2 // int(os.environ.get("WORLD_SIZE", 1))))
+    model = TRPO("MlpPolicy", env, n_steps=1024, seed=seed, device="cpu").learn(150_000)
+    if int(os.environ.get("RANK", 0)) == 0:
+        assert model.ep_info_buffer is not None  # since it has learnt
+        print(float(np.mean([episode["r"] for episode in model.ep_info_buffer])), flush=True)
+
+
+def learn_all() -> dict[str, list[float]]:
+    """The scores of both ways, seed by seed."""
+    scores: dict[str, list[float]] = {learner: [] for learner in LEARNERS}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for seed in SEEDS:
+        for learner, launcher in zip(LEARNERS, ([], torchrun), strict=True):
+            command = [sys.executable, *launcher, __file__, "--learn-one", str(seed)]
+            told = subprocess.run(
+                command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+            ).stdout
+            scores[learner].append(float(told.splitlines()[-1]))
+            print(f"{learner}, seed {seed}: {scores[learner][-1]:.0f}", file=sys.stderr, flush=True)
+    return scores
+
+
 # Simulated.
 
 
@@ -341,6 +381,10 @@ def report(results: dict[str, Any]) -> None:
             rounds = results["cases"].get(case.name)
             if rounds:
                 print(row_of(case, rounds))
+    if "learning" in results:
+        print("\n| Hopper-v5, 150k steps, seeds 0 to 4 | return |\n|---|---|")
+        for learner, scores in results["learning"].items():
+            print(f"| {learner} | {interval(scores)} |")
     if "simulation" in results:
         report_simulation(results["simulation"])
 
@@ -388,6 +432,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of all arms")
+    parser.add_argument("--learn", action="store_true", help="only learn")
+    parser.add_argument("--learn-one", type=int, metavar="SEED", help="used internally")
     parser.add_argument("--simulate", action="store_true", help="only simulate")
     parser.add_argument("--report", action="store_true", help="only report")
     parser.add_argument("--train", nargs=4, metavar=("CASE", "ARM", "MEETING", "PROCESSES"), help="used internally")
@@ -397,12 +443,16 @@ def main() -> None:
         name, arm, meeting, processes = args.train
         train_timed(next(case for case in CASES if case.name == name), arm, Path(meeting), int(processes))
         return
+    if args.learn_one is not None:
+        learn_one(args.learn_one)
+        return
     if args.time_messages:
         time_messages()
         return
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
     chosen = [case for case in CASES if any(word in case.name for word in args.cases)]
-    for case in [] if args.report or args.simulate else chosen:
+    some = args.report or args.simulate or args.learn
+    for case in [] if some else chosen:
         rounds = []
         for repetition in range(args.repetitions):
             turn = repetition % len(ARMS)
@@ -410,9 +460,11 @@ def main() -> None:
             print(f"{case.name}: {repetition + 1} of {args.repetitions}", file=sys.stderr, flush=True)
         results["cases"][case.name] = rounds
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if args.simulate or not (args.report or args.cases != [""]):
-        results["simulation"] = simulate()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    everything = not some and args.cases == [""]
+    for name, wanted, run in (("learning", args.learn, learn_all), ("simulation", args.simulate, simulate)):
+        if wanted or everything:
+            results[name] = run()
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     report(results)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.parameters import flatten, unflatten
 
 FEW = 64
-"""Numbers up to which a total is the sum of what every worker tells, in the order of their ranks."""
+"""Numbers up to which a total is the sum of what every worker tells."""
 
 
 class Reduction:
@@ -69,8 +69,8 @@ class Reduction:
     def moments(self, values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over all samples, ``(..., n)`` -> ``(...)`` each, in float64.
 
-        Each worker's own moments are merged in the order of ranks (Chan, Golub and LeVeque 1979), so that nothing
-        cancels and all workers have the same bits.
+        Of each worker's own moments (Chan, Golub and LeVeque 1979), so that nothing cancels; all workers merge the
+        same ones and have the same bits.
 
         Args:
             values: This worker's.
@@ -165,15 +165,11 @@ def merged_moments(parts: Tensor) -> tuple[Tensor, Tensor]:
         parts: `moments_here` of each worker, ``(W, 2S + 2)``.
     """
     size = (parts.shape[1] - 2) // 2
-    mean, deviation = parts.new_zeros(size), parts.new_zeros(size)
-    weight = count = parts.new_zeros(())
-    for part in parts[parts[:, -2] > 0]:
-        together = weight + part[-2]
-        apart = part[:size] - mean
-        deviation = deviation + part[size : 2 * size] + apart.square() * (weight * part[-2] / together)
-        mean = mean + apart * (part[-2] / together)
-        weight, count = together, count + part[-1]
-    return mean, deviation / weight * (count / (count - 1))
+    means, deviations, (weights, counts) = parts[:, :size], parts[:, size : 2 * size], parts[:, 2 * size :].T
+    shares, count = (weights / weights.sum())[:, None], counts.sum()
+    mean = (shares * means).sum(dim=0)
+    within, between = deviations.sum(dim=0) / weights.sum(), (shares * (means - mean).square()).sum(dim=0)
+    return mean, (within + between) * (count / (count - 1))
 
 
 ALONE = Reduction()
@@ -217,11 +213,11 @@ class SharedReduction(Reduction):
         return self
 
     def total(self, share: Tensor) -> Tensor:
-        """See `Reduction.total`; few numbers are added in the order of ranks."""
+        """See `Reduction.total`; few numbers are told to all, and added by each."""
         flat = share.detach().reshape(-1)
         if flat.numel() > FEW:
             return self._communicator.all_reduce(flat).view(share.shape)
-        return _in_order(self._communicator.all_gather(flat)).view(share.shape)
+        return torch.stack(self._communicator.all_gather(flat)).sum(dim=0).view(share.shape)
 
     def _largest(self, here: Tensor) -> Tensor:
         parts = self._communicator.all_gather(here.detach().reshape(-1))
@@ -247,7 +243,7 @@ class SharedReduction(Reduction):
         else:
             flat, places = numbers[:0], torch.stack(self._communicator.all_gather(numbers.double()))
         places = places.to(numbers)
-        total = _in_order(list(places[:, : len(sums)]))
+        total = places[:, : len(sums)].sum(dim=0)
         return list(unflatten(flat, vectors)) if vectors else [], total, places[:, len(sums) :].amax(dim=0)
 
     def gradients(self, shares: Sequence[Tensor]) -> list[Tensor]:
@@ -262,6 +258,8 @@ class SharedReduction(Reduction):
         packed = _packed(tensors)
         row = sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
         parts = self._communicator.all_gather(torch.cat([packed, packed.new_zeros(max(rows) * row - len(packed))]))
+        if min(rows) == max(rows):
+            return _columns(torch.stack(parts), tensors)
         columns = [_unpacked(part, tensors, count) for part, count in zip(parts, rows, strict=True)]
         return [torch.cat(column) for column in zip(*columns, strict=True)]
 
@@ -270,19 +268,21 @@ class SharedReduction(Reduction):
         return _unpacked(self._communicator.broadcast(_packed(tensors)), tensors)
 
 
-def _in_order(parts: Sequence[Tensor]) -> Tensor:
-    """The sum, one part after the other."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
     """The bytes of some tensors, one after the other, where the first one is."""
     return torch.cat(
         [tensor.detach().to(tensors[0].device).contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     )
+
+
+def _columns(parts: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of W times the rows of some others, from the bytes of W workers, ``(W, bytes)``."""
+    found, end = [], 0
+    for tensor in like:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        rows = parts[:, start:end].contiguous().view(tensor.dtype)
+        found.append(rows.view(len(parts) * len(tensor), *tensor.shape[1:]).to(tensor.device))
+    return found
 
 
 def _unpacked(packed: Tensor, like: Sequence[Tensor], rows: int | None = None) -> list[Tensor]:

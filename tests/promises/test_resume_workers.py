@@ -1,0 +1,119 @@
+"""A run of several workers goes on where it was killed: with the same workers bit for bit, with others as it had learnt."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import hashlib, json, sys, warnings
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from sb3_trpo_ext import TRPO, PPOPenalty, RecurrentTRPO
+
+torch.set_num_threads(1)
+name, steps, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+kinds = {"TRPO": (TRPO, {"momentum": 0.5, "sample_reuse": 2}), "PPOPenalty": (PPOPenalty, {"batch_size": 48})}
+kind, arguments = kinds.get(name, (RecurrentTRPO, {}))
+env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+policy = "MlpLstmPolicy" if kind is RecurrentTRPO else "MlpPolicy"
+model = kind(policy, env, n_steps=32, seed=3, device="cpu", **arguments)
+keep = {} if folder == "-" else {"checkpoint_dir": folder, "checkpoint_freq": 192}
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    model.learn(steps, **keep)
+numbers = [*model.policy.parameters(), torch.tensor(env.obs_rms.mean), torch.get_rng_state()]
+mark = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in numbers[:-1])).hexdigest()[:12]
+restarts = any("begin new episodes" in str(each.message) for each in told)
+print("\\nDONE", json.dumps([model.num_timesteps, mark, restarts, len(model.ep_info_buffer)]), flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def launch(script: Path, *arguments: str, workers: int, restarts: int = 0) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    torchrun += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    command = [sys.executable, *(torchrun if workers > 1 else []), str(script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> list[str]:
+    """What the workers said at their end."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return re.findall(r"^DONE (.*)$", out, flags=re.M)
+
+
+def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], stdout=subprocess.PIPE, text=True, check=False).stdout
+    return [int(each) for each in found.split()]
+
+
+def wait_for_checkpoint(folder: Path, number: int = 1) -> None:
+    end = time.monotonic() + 120
+    while len(list(folder.glob("*/manifest.json"))) < number:
+        assert time.monotonic() < end, "no checkpoint was written"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["TRPO", "PPOPenalty", "RecurrentTRPO"])
+def test_a_killed_worker_changes_nothing(kind: str, script: Path, tmp_path: Path) -> None:
+    folder, steps = tmp_path / "run", "3840"
+    killed = launch(script, kind, steps, str(folder), workers=3, restarts=3)
+    wait_for_checkpoint(folder)
+    os.kill(workers_of(killed)[1], signal.SIGKILL)
+    found = finished(killed)
+    (whole,) = {*finished(launch(script, kind, steps, "-", workers=3))}
+    assert found == [whole] * 3
+
+
+def test_another_number_of_workers_goes_on_with_what_was_learnt(script: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished(launch(script, "TRPO", "960", str(folder), workers=3))
+    for workers, steps in ((2, 1920), (1, 2560), (3, 3520)):
+        told = finished(launch(script, "TRPO", str(steps), str(folder), workers=workers))
+        assert len(told) == workers and len({*told}) == 1
+        timesteps, _, restarts, _ = json.loads(told[0])
+        assert timesteps >= steps and restarts
+
+
+def test_workers_do_not_outlive_torchrun(script: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = launch(script, "TRPO", "100000000", str(folder), workers=2)
+    wait_for_checkpoint(folder)
+    workers = workers_of(launcher)
+    launcher.kill()
+    launcher.wait()
+    end = time.monotonic() + 30
+    while any(
+        Path(f"/proc/{each}").exists() and " Z " not in Path(f"/proc/{each}/stat").read_text() for each in workers
+    ):
+        assert time.monotonic() < end, "workers go on without torchrun"
+        time.sleep(0.1)
+
+
+def test_sigterm_leaves_a_checkpoint_of_all(script: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = launch(script, "TRPO", "100000000", str(folder), workers=2)
+    wait_for_checkpoint(folder)
+    for each in workers_of(launcher):
+        os.kill(each, signal.SIGTERM)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err[-3000:]
+    assert out.count("SIGTERM") == 1
+    newest = max(folder.glob("*/manifest.json"))
+    assert {each.name for each in newest.parent.iterdir()} == {"manifest.json", "rank-0.pkl", "rank-1.pkl"}

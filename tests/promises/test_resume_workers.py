@@ -1,4 +1,4 @@
-"""A run of several workers goes on where it was killed: with the same ones bit for bit, with others as it had learnt."""
+"""A killed run of several workers goes on: with the same ones bit for bit, with others from what it had learnt."""
 
 import json
 import os

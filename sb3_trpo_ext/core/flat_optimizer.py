@@ -42,6 +42,7 @@ class FlatOptimizer:
         module: Whose trainable parameters it moves.
         frozen: Parameters that are not to be moved; in the block they have no gradient, afterwards that from before.
         fused: Run Adam as one kernel where torch has one; it rounds differently in the last bit.
+        reduction: Between the workers that are to round alike; where one cannot, none does.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class FlatOptimizer:
         frozen: AbstractSet[nn.Parameter] = frozenset(),
         *,
         fused: bool = False,
+        reduction: Reduction = ALONE,
     ) -> None:
         self._optimizer = optimizer
         self._frozen = frozen
@@ -61,6 +63,8 @@ class FlatOptimizer:
             or is_observed(module)
             or (not fused and sum(param.numel() for param in self._params) > LARGEST_FLAT)
         )
+        if reduction.workers > 1:
+            self._by_itself = reduction.any(torch.tensor(self._by_itself))
         self._reached: list[nn.Parameter] = []
         self._flat: FlatAdam | None = None
         self._set_aside: list[tuple[nn.Parameter, Tensor | None]] = []

@@ -31,7 +31,8 @@ class AdamCritic(Critic):
 def _losses(regression: Regression, values: ValueFunction) -> list[Tensor]:
     """This worker's share of the loss on each minibatch, before the step along its gradient."""
     policy, losses = regression.policy, []
-    with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True) as optimizer:
+    reduction = regression.batch.reduction
+    with FlatOptimizer(policy.optimizer, policy, regression.frozen, fused=True, reduction=reduction) as optimizer:
         for _ in range(regression.epochs):
             for part in regression.minibatches(values.batch):
                 loss = part.reduction.mean((part.returns - values(part)).square())

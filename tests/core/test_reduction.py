@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sb3_trpo_ext
-from sb3_trpo_ext.core.reduction import ALONE
+from sb3_trpo_ext.core.reduction import ALONE, merged_moments, moments_here
 
 ROOT = Path(sb3_trpo_ext.__file__).parent
 REDUCING = {"mean", "std", "var", "max", "min", "median", "amax", "amin", "sum", "mse_loss", "average"}
@@ -83,3 +83,20 @@ def test_alone_a_share_is_the_whole(values: list[float]) -> None:
 def test_nothing_hides_a_nan() -> None:
     tensor = torch.tensor([0.0, float("nan"), 1.0])
     assert ALONE.largest(tensor).isnan() and ALONE.smallest(tensor).isnan() and ALONE.any(tensor)
+
+
+@given(st.lists(numbers, min_size=1, max_size=5))
+def test_moments_of_parts_are_those_of_the_whole(parts: list[list[float]]) -> None:
+    whole = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+    told = torch.stack([moments_here(torch.tensor(part)[None]) for part in parts])
+    mean, variance = merged_moments(told)
+    scale = float(whole.abs().max()) + 1.0
+    assert float(mean) == pytest.approx(float(whole.mean()), abs=1e-12 * scale)
+    assert float(variance) == pytest.approx(float(whole.var()), rel=1e-9, abs=1e-12 * scale**2)
+
+
+def test_samples_of_weight_zero_do_not_count() -> None:
+    values, weights = torch.tensor([1.0, 5.0, 9.0]), torch.tensor([0.5, 0.0, 0.5])
+    told = torch.stack([moments_here(values[None], weights), moments_here(values[None], torch.zeros(3))])
+    mean, variance = merged_moments(told)
+    assert float(mean) == 5.0 and float(variance) == 32.0

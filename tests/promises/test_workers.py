@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import random
 import re
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from sb3_trpo_ext import (
@@ -48,6 +50,7 @@ from sb3_trpo_ext import (
 )
 from sb3_trpo_ext.policy import problem
 from sb3_trpo_ext.training.communicator import ProcessGroup
+from sb3_trpo_ext.training.parallel import merged
 
 RANKS = 3
 """With two, every sum is the same in either order."""
@@ -605,6 +608,70 @@ def seeded_like(rank: int, seed: int | None) -> Any:
     return first, [str(each.message) for each in caught], model.rollout_buffer.actions[0]
 
 
+def draws(rank: int, distributed: bool, use_sde: bool) -> Any:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    env = DummyVecEnv([lambda: RandomEnv(action_space=ACTION_SPACES["box"])] * 2)
+    seed = None if use_sde else 7
+    model = TRPO("MlpPolicy", env, seed=seed, device="cpu", distributed=distributed, use_sde=use_sde)
+    found = [*torch.rand(2).tolist(), *np.random.rand(2), random.random()]
+    if use_sde:
+        found += model.policy.action_dist.exploration_mat.flatten()[:2].tolist()
+    return found, [param.detach() for param in model.policy.parameters()]
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_no_two_ranks_draw_alike_and_the_first_one_draws_as_one_process_does(ranks: Ranks, use_sde: bool) -> None:
+    alone = ranks(draws, False, use_sde)
+    found = ranks(draws, True, use_sde)
+    assert found[0][0] == alone[0][0] == alone[1][0]
+    numbers = [number for drawn, _ in found for number in drawn]
+    assert len(set(numbers)) == len(numbers)
+    assert [drawn for drawn, _ in ranks(draws, True, use_sde)] == [drawn for drawn, _ in found]
+    for _, params in found:  # made before the streams part
+        assert all(torch.equal(mine, first) for mine, first in zip(params, found[0][1], strict=True))
+
+
+def hooked_on_one(rank: int, form: str) -> Any:
+    model = learner(form)
+    if rank == 1:
+        model.policy.value_net.weight.register_hook(lambda gradient: None)
+    model.learn(2 * STEPS * 2 * RANKS)
+    return model.update_path, flat(summary(model))
+
+
+@pytest.mark.parametrize("form", ["trpo", "trpo-adam", "ppo"])
+def test_one_that_has_to_update_by_autograd_is_waited_for(ranks: Ranks, form: str) -> None:
+    found = ranks(hooked_on_one, form)
+    for _, after in found:
+        np.testing.assert_array_equal(after, found[0][1])
+    assert found[1][0].startswith("autograd: a hook")
+    others = "fast" if form == "trpo" else "autograd: another worker does without fast updates"
+    assert found[0][0] == found[2][0] == others
+
+
+def changed_on_one(rank: int) -> Any:
+    model = learner("trpo")
+
+    class Change(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            with torch.no_grad():
+                self.model.policy.value_net.bias += 1.0
+
+        def _on_step(self) -> bool:
+            return True
+
+    model.learn(STEPS * 2 * RANKS, every_rank(Change()))
+    with pytest.raises(RuntimeError, match="Rank 1 has another model than rank 0 has") as caught:
+        model.learn(STEPS * 2 * RANKS, main_only(Change()), reset_num_timesteps=False)
+    return str(caught.value)
+
+
+def test_a_model_that_is_changed_on_one_rank_alone_is_found(ranks: Ranks) -> None:
+    assert all("every_rank(callback)" in text for text in ranks(changed_on_one))
+
+
 def test_environments_are_seeded_as_those_of_one_process_would_be(ranks: Ranks) -> None:
     found = ranks(seeded_like, 5)
     env = make_vec_env(lambda: RandomEnv(action_space=ACTION_SPACES["box"]), 2 * RANKS)
@@ -671,3 +738,23 @@ def test_the_zoo_makes_one_run_of_it(tmp_path: Path) -> None:
     assert {name for name in names if name.startswith("rl_")} == {"rl_model_600_steps.zip", "rl_model_1200_steps.zip"}
     assert len(list((tmp_path / "tb").rglob("events*"))) == 1
     assert TRPO.load(run / "CartPole-v1.zip").num_timesteps == 1500
+
+
+@pytest.mark.parametrize("already", [0, 1000])
+def test_merged_statistics_are_those_of_all_samples(already: int) -> None:
+    generator = np.random.default_rng(0)
+    start = RunningMeanStd(shape=(3,))
+    if already:
+        start.update(generator.normal(2.0, 3.0, (already, 3)))
+    whole, told = start.copy(), []
+    for rank in range(RANKS):
+        mine = start.copy()
+        for _ in range(rank):  # the first one has seen nothing
+            seen = generator.normal(rank, 1.0 + rank, (50, 3))
+            mine.update(seen)
+            whole.update(seen)
+        told.append({"": (mine.mean, mine.var, mine.count)})
+    mean, var, count = merged({"": (start.mean, start.var, start.count)}, told)[""]
+    assert count == pytest.approx(whole.count)
+    np.testing.assert_allclose(mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(var, whole.var, rtol=1e-10)

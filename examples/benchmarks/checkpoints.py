@@ -62,8 +62,8 @@ def seconds_between_rollouts(arm: str, updates: int, folder: Path | None) -> lis
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'':38} {'one (ms)':>9} {'on disk (kB)':>13} {f'share of {SECONDS_BETWEEN:.0f} s':>14}")

@@ -1,6 +1,7 @@
 """A run that was killed goes on from its last checkpoint as if nothing had happened, or says why it does not."""
 
 import copy
+import io
 import json
 import multiprocessing
 import os
@@ -51,13 +52,15 @@ class KilledError(Exception):
 
 
 class Kill(BaseCallback):
-    """Ends a run in the middle of a rollout; of SB3's kind in that it lets the fast path run."""
+    """Ends a run in the middle of a rollout, and draws from the generators that nothing else draws from."""
 
     def __init__(self, at: int = 0) -> None:
         super().__init__()
         self.at = at
 
     def _on_step(self) -> bool:
+        random.random()
+        self.model.action_space.sample()
         if self.at and self.num_timesteps >= self.at:
             raise KilledError
         return True
@@ -127,7 +130,9 @@ def all_of(model: Any) -> dict[str, str]:
         "memory": getattr(model, "gradient_memory", None),
         "beta": getattr(model, "kl_coef", None),
         "hidden": [np.asarray(each) for pair in getattr(model, "_last_lstm_states", None) or () for each in pair],
-        "statistics": statistics and (vars(statistics.obs_rms), vars(statistics.ret_rms), statistics.returns),
+        "statistics": statistics and (vars(statistics.obs_rms), vars(statistics.ret_rms)),
+        "returns": statistics and statistics.returns,
+        "parameters left": None if getattr(model, "_theta_left", None) is None else model._theta_left.numpy(),
     }
     return {name: repr(bits(value)) for name, value in found.items()}
 
@@ -202,6 +207,32 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(arm: str, tmp_path: 
     assert repr([rows[step] for step in sorted(rows)]) == repr(rows_of(whole))
 
 
+class Look(BaseCallback):
+    """Looks at a model where a rollout begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, dict[str, str]] = {}
+
+    def _on_rollout_start(self) -> None:
+        self.found[self.model.num_timesteps] = all_of(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("arm", ["momentum", "recurrent", "normalized ppo"])
+def test_all_is_as_it_was_where_the_next_rollout_begins(arm: str, tmp_path: Path) -> None:
+    algorithm, options = ARMS[arm]
+    looks = [Look() for _ in range(3)]
+    uninterrupted(lambda: build(algorithm, **options), looks[0])
+    killed(lambda: build(algorithm, **options), 200, tmp_path, looks[1])
+    resumed(lambda: build(algorithm, **options), tmp_path, looks[2])
+    assert sorted(looks[2].found) == [0, 64, 128, 192, 256]  # what it had seen before came back too
+    for steps, found in looks[2].found.items():
+        assert [name for name, value in looks[0].found[steps].items() if found[name] != value] == []
+
+
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1"]
 TOYS = ["FrozenLake-v1", "CliffWalking-v1", "Blackjack-v1"]
 MUJOCO = [name for name, spec in gym.registry.items() if name.endswith("-v5") and "mujoco" in str(spec.entry_point)]
@@ -223,8 +254,9 @@ def test_environments_go_on_exactly(name: str) -> None:
             env.reset()
     put_into(other, taken_from(env))
     for _ in range(60):
-        action = env.action_space.sample()
-        steps = [each.step(action) for each in (env, other)]
+        actions = [each.action_space.sample() for each in (env, other)]
+        assert repr(bits(actions[0])) == repr(bits(actions[1]))
+        steps = [each.step(actions[0]) for each in (env, other)]
         for mine, theirs in zip(*steps, strict=True):
             assert repr(bits(without_time(mine))) == repr(bits(without_time(theirs)))
         if steps[0][2] or steps[0][3]:
@@ -295,7 +327,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("call", ["fsync", "replace", "unlink", "rmdir", "mkdir"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "unlink", "rmdir", "mkdir", "write"])
 def test_killed_while_a_checkpoint_is_written(call: str, tmp_path: Path) -> None:
     """At the first, the second, ... call of the system that writing makes, the first checkpoint's included."""
 
@@ -304,27 +336,35 @@ def test_killed_while_a_checkpoint_is_written(call: str, tmp_path: Path) -> None
 
     whole, result = tmp_path / "whole.json", tmp_path / "result.json"
     assert in_a_child(finishing(make, tmp_path / "w", whole, 192)) == 0
-    owner = {"fsync": os, "replace": os, "unlink": Path, "rmdir": Path, "mkdir": Path}[call]
+    owner = {"fsync": os, "replace": os, "write": HalfWritten}.get(call, Path)
 
     def killed_at(count: int) -> Callable[[], None]:
         def program() -> None:
+            warnings.simplefilter("error")  # nothing may look damaged
             left, original = iter(range(count)), getattr(owner, call)
 
             def deadly(*args: Any, **kwargs: Any) -> Any:
                 if next(left, None) is None:
+                    if call == "write":
+                        original(args[0], args[1][: len(args[1]) // 2])
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*args, **kwargs)
 
             setattr(owner, call, deadly)
+            checkpoint_files.open = HalfWritten  # type: ignore[attr-defined]
             finishing(make, tmp_path / "c", result, 192)()
 
         return program
 
     codes = [in_a_child(killed_at(count)) for count in (0, 0, 1, 2, 3, 4)]
-    assert -signal.SIGKILL in codes
-    assert in_a_child(finishing(make, tmp_path / "c", result, 192)) == 0
+    assert -signal.SIGKILL in codes and {*codes} <= {-signal.SIGKILL, 0}
+    assert in_a_child(killed_at(10_000)) == 0
     assert json.loads(result.read_text()) == json.loads(whole.read_text())
     assert len(list((tmp_path / "c").rglob("manifest.json"))) <= 3  # one that was about to be removed
+
+
+class HalfWritten(io.FileIO):
+    """A file whose ``write`` goes to the disk at once."""
 
 
 SCRIPT = """
@@ -697,7 +737,7 @@ def test_an_unknown_environment_begins_new_episodes_and_says_so(tmp_path: Path) 
     (last,) = (path for path in tmp_path.iterdir() if path.name.endswith("128"))
     states: list[Any] = []
 
-    class Look(BaseCallback):
+    class LookAtStart(BaseCallback):
         def _on_rollout_start(self) -> None:
             if not states:
                 model = self.model
@@ -709,22 +749,14 @@ def test_an_unknown_environment_begins_new_episodes_and_says_so(tmp_path: Path) 
         def _on_step(self) -> bool:
             return True
 
-    whole: list[Any] = []
-
-    class Note(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            whole.append(all_of(self.model))
-
-        def _on_step(self) -> bool:
-            return True
-
-    make().learn(TOTAL, callback=Note())
+    look = Look()
+    make().learn(TOTAL, callback=[look, Kill()])
     with pytest.warns(UserWarning, match=r"begin new episodes.*Unknown is not known.*get_checkpoint_state") as warned:
-        model = resumed(make, tmp_path, Look())
+        model = resumed(make, tmp_path, LookAtStart())
     assert len([each for each in warned if "new episodes" in str(each.message)]) == 1
     assert model.num_timesteps == TOTAL
-    other = {"observation", "starts", "statistics"}  # of the statistics the running returns
-    assert {name for name, value in whole[2].items() if states[0][name] != value} <= other
+    other = {"observation", "starts", "returns"}
+    assert {name for name, value in look.found[128].items() if states[0][name] != value} <= other
 
 
 class Own(Unknown):

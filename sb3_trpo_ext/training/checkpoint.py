@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import platform
@@ -144,8 +145,9 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if checkpoint_dir is None:
             super().learn(**arguments)
             return self
-        began = 0 if reset_num_timesteps else self.num_timesteps
-        run = Run(self, checkpoint_dir, checkpoint_freq, began, began + total_timesteps, log_interval, self._ranks())
+        began = 0 if reset_num_timesteps else int(self.num_timesteps)
+        total = began + math.ceil(total_timesteps)  # it may be 1e5, or a number of NumPy
+        run = Run(self, checkpoint_dir, checkpoint_freq, began, total, log_interval, self._ranks())
         with run:
             try:
                 super().learn(**arguments | {"log_interval": run.log_interval})
@@ -363,7 +365,7 @@ class Run:
 
     def _write(self, finished: bool = False) -> None:
         """Write a checkpoint; a disk that is full does not end the run."""
-        steps, state = self._model.num_timesteps, self._state.taken(self._iterations)
+        steps, state = int(self._model.num_timesteps), self._state.taken(self._iterations)
         said = {
             "finished": finished,
             "began": self._began,

@@ -7,6 +7,7 @@ begin new episodes.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import platform
@@ -158,9 +159,9 @@ class ResumableAlgorithm(ParallelAlgorithm):
         if checkpoint_dir is None:
             super().learn(**arguments)
             return self
-        began = 0 if reset_num_timesteps else self.num_timesteps
-        ranks = Ranks(self._processes)
-        run = Run(self, checkpoint_dir, checkpoint_freq, began, began + total_timesteps, log_interval, ranks)
+        began = 0 if reset_num_timesteps else int(self.num_timesteps)
+        total, ranks = began + math.ceil(total_timesteps), Ranks(self._processes)  # 1e5 is a number of steps too
+        run = Run(self, checkpoint_dir, checkpoint_freq, began, total, log_interval, ranks)
         with run:
             try:
                 super().learn(**arguments | {"log_interval": run.log_interval})
@@ -375,7 +376,7 @@ class Run:
 
     def _write(self, finished: bool = False) -> None:
         """Write a checkpoint; a disk that is full does not end the run."""
-        steps, state = self._model.num_timesteps, self._state.taken(self._iterations)
+        steps, state = int(self._model.num_timesteps), self._state.taken(self._iterations)
         said = {
             "finished": finished,
             "began": self._began,

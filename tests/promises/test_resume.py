@@ -473,6 +473,10 @@ def test_a_larger_total_goes_on_and_a_smaller_one_is_reached(tmp_path: Path) -> 
     resumed(lambda: build(TRPO), tmp_path)
     longer = resumed(lambda: build(TRPO), tmp_path, total_timesteps=2 * TOTAL)
     require_same(longer, build(TRPO).learn(2 * TOTAL, callback=[Kill()]))
+    for total in (float(TOTAL), np.int64(TOTAL)):
+        other = tmp_path / str(total)
+        killed(lambda: build(TRPO), 150, other, total_timesteps=total, checkpoint_freq=np.int64(64))
+        assert resumed(lambda: build(TRPO), other, total_timesteps=total).num_timesteps == TOTAL
     smaller = resumed(lambda: build(TRPO), tmp_path, total_timesteps=TOTAL)
     assert smaller.num_timesteps == 2 * TOTAL
 

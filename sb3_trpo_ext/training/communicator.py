@@ -397,6 +397,7 @@ class _Pulse:
 
     def _run(self) -> None:
         last, since = None, time.monotonic()
+        now = since
         while not self.verdict:
             try:
                 self._store.set(f"sb3_trpo_ext/beat/{self._group.rank}", str(time.time()))
@@ -404,8 +405,8 @@ class _Pulse:
                 self.verdict = self._group.published(self._store)
             except RuntimeError:
                 return  # with the store the others are lost, and whoever waits for them will say so
-            now = time.monotonic()
-            if beat is None or beat != last:
+            slept, now = time.monotonic() - now, time.monotonic()
+            if beat is None or beat != last or slept > 10 * BEAT:  # after a stop of all it is the other's turn too
                 last, since = beat, now
             elif now - since > self._group.silence and not self.verdict:
                 self.verdict = self._group.publish(

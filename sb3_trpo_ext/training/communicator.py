@@ -397,6 +397,7 @@ class _Pulse:
 
     def _run(self) -> None:
         last, since = None, time.monotonic()
+        now = since
         while not self.verdict:
             try:
                 self._store.set(f"sb3_trpo_ext/beat/{self._group.rank}", str(time.time()))
@@ -408,8 +409,8 @@ class _Pulse:
                 # Nobody would end this process if another were lost, and the same command may be started again.
                 self.verdict = "torchrun, or whoever else keeps the store of torch.distributed, was lost"
                 break
-            now = time.monotonic()
-            if beat is None or beat != last:
+            slept, now = time.monotonic() - now, time.monotonic()
+            if beat is None or beat != last or slept > 10 * BEAT:  # after a stop of all it is the other's turn too
                 last, since = beat, now
             elif now - since > self._group.silence and not self.verdict:
                 self.verdict = self._group.publish(

@@ -8,7 +8,7 @@ from sb3_trpo_ext.policy.distributions import Family, register_distribution
 from sb3_trpo_ext.ppo_clip import PPOClip
 from sb3_trpo_ext.ppo_penalty import PPOPenalty
 from sb3_trpo_ext.recurrent import RecurrentNPG, RecurrentPPOClip, RecurrentTRPO
-from sb3_trpo_ext.training.communicator import WorkerError
+from sb3_trpo_ext.training.communicator import WorkerError, initialize_workers
 from sb3_trpo_ext.training.parallel import every_rank, main_only
 from sb3_trpo_ext.trpo import TRPO
 
@@ -28,6 +28,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "every_rank",
+    "initialize_workers",
     "main_only",
     "register_critic",
     "register_distribution",

@@ -264,7 +264,7 @@ class ProcessGroup:
         """The group, made anew if it has to be."""
         if self._group is None:
             backends = "cpu:gloo,cuda:nccl" if has_own_gpu() else "gloo"
-            initialize(backends)
+            initialize_workers(backends)
             self._store = dist.distributed_c10d._get_default_store()
             self._group = dist.new_group(timeout=AGES, backend=backends)
         return self._group
@@ -442,8 +442,8 @@ def _terminates_in_order(group: ProcessGroup) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def initialize(backends: str) -> None:
-    """Initialise torch.distributed, if nobody has.
+def initialize_workers(backends: str = "gloo") -> None:
+    """Initialise torch.distributed as a model does, for a script that needs it before; nothing if somebody has.
 
     Where ``torchrun --max-restarts`` starts processes again, the store may still hold the addresses of those before
     (https://github.com/pytorch/pytorch/issues/135712): on one machine each start has a part of the store for itself.

@@ -18,7 +18,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.training.communicator import initialize
+from sb3_trpo_ext import initialize_workers
 from sb3_trpo_ext.zoo.registry import ALGORITHMS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
@@ -190,7 +190,7 @@ def workers() -> tuple[int, int]:
 
 def of_the_first(value: Any) -> Any:
     """What the first of the processes that torchrun started has."""
-    initialize("gloo")
+    initialize_workers()
     values = [value]
     dist.broadcast_object_list(values, group=dist.new_group(backend="gloo"))
     return values[0]

@@ -198,7 +198,7 @@ class ProcessGroup:
         """Send a vector to some workers, and receive one like it from others.
 
         Sizes come again from update to update. Where they do, the next one is asked for as soon as this one is here:
-        it then comes without a question and an answer before it, in a third of the time.
+        it then comes without a question and an answer before it.
         """
         group, key = self._ready(), (kind, mine.dtype, mine.numel())
         if key not in self._lanes and len(self._lanes) < LANES:

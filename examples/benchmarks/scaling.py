@@ -72,6 +72,7 @@ class Case:
         n_steps: Steps of each in a rollout.
         iterations: Timed iterations.
         asked: The share of the ceiling that two workers are to reach.
+        batch_size: Samples of a minibatch for each worker; 0 for the default, which is of all together.
     """
 
     algorithm: str
@@ -80,11 +81,13 @@ class Case:
     n_steps: int = 2048
     iterations: int = 4
     asked: float = 0.95
+    batch_size: int = 0
 
     @property
     def name(self) -> str:
         """How tables call it."""
-        return f"{self.algorithm}, {self.env}, {self.n_envs} env" + "s" * (self.n_envs > 1)
+        minibatch = f", {self.batch_size} a worker and minibatch" * bool(self.batch_size)
+        return f"{self.algorithm}, {self.env}, {self.n_envs} env" + "s" * (self.n_envs > 1) + minibatch
 
 
 CASES = [
@@ -92,6 +95,7 @@ CASES = [
     Case("TRPO", "HalfCheetah-v5"),
     Case("TRPO", "CartPole-v1", n_envs=8, n_steps=256, iterations=16, asked=0.9),
     Case("PPOClip", "Hopper-v5", asked=0.8),
+    Case("PPOClip", "Hopper-v5", asked=0.8, batch_size=64),
 ]
 
 
@@ -208,8 +212,11 @@ def train_timed(case: Case, arm: str, meeting: Path, n_processes: int) -> None:
     n_envs = case.n_envs * (2 if twice else 1)
     env = make_vec_env(case.env, n_envs, seed=0, vec_env_cls=SubprocVecEnv if twice else None)
     package, name = (PEERS[case.algorithm] if arm == "peer" else f"sb3_trpo_ext.{case.algorithm}").split(".")
-    model = getattr(import_module(package), name)("MlpPolicy", env, n_steps=case.n_steps, seed=0, device="cpu")
     workers = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = {"n_steps": case.n_steps}
+    if case.batch_size:
+        arguments["batch_size"] = case.batch_size * workers * (2 if twice else 1)
+    model = getattr(import_module(package), name)("MlpPolicy", env, seed=0, device="cpu", **arguments)
     steps = case.n_steps * n_envs * workers
     model.learn(steps)
     (meeting / str(os.getpid())).touch()

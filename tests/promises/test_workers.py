@@ -1,8 +1,10 @@
 """Processes that torchrun started train one model together: one update, the same decisions, one set of files."""
 
+import copy
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import socket
@@ -461,6 +463,59 @@ def test_a_slow_evaluation_is_waited_for(ranks: Ranks) -> None:
     for seconds, after in (found := ranks(evaluate_slowly)):
         assert seconds > 6
         np.testing.assert_array_equal(after, found[0][1])
+
+
+def act_alone_between(rank: int, folder: str) -> Any:
+    """Where the first worker evaluates and saves, and the others are far ahead of it."""
+    ProcessGroup.silence = 2.0
+    model = learner("trpo")
+    model.learn(STEPS * 2 * RANKS)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model.policy)), pickle.loads(pickle.dumps(model.reduction))
+    assert copies[-1].workers == RANKS
+    if rank == 0:
+        time.sleep(5)
+    model.learn(STEPS * 2 * RANKS, reset_num_timesteps=False)
+    if rank == 0:
+        time.sleep(1)
+    model.save(f"{folder}/model")
+    models = TRPO.load(f"{folder}/model", env=model.env), model
+    ProcessGroup.silence = 25.0
+    learnt = [flat(summary(each.learn(STEPS * 2 * RANKS, reset_num_timesteps=False))) for each in models]
+    return [flat([[p.detach() for p in copies[0].policy.parameters()]]), *learnt]
+
+
+def test_workers_wait_for_what_one_does_between_two_calls_of_learn(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(act_alone_between, str(tmp_path))
+    for each in found:
+        for mine, first in zip(each, found[0], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+LEAVES = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from sb3_trpo_ext import TRPO, WorkerError
+
+def fail(*_):
+    raise RuntimeError("as it is told to") if os.environ["RANK"] == "1" else WorkerError("in the same step")
+
+model = TRPO("MlpPolicy", "CartPole-v1", n_steps=100, device="cpu")
+try:
+    model.learn(10_000, fail)
+except RuntimeError:
+    pass
+if os.environ["RANK"] == "0":
+    model.learn(10_000)
+"""
+
+
+def test_nobody_waits_for_a_worker_whose_program_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LEAVES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run([*launcher, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=60)
+    assert found.returncode
+    assert "WorkerError: rank 1 has ended its program and trains no more" in found.stderr
 
 
 SCRIPT = """

@@ -160,7 +160,10 @@ class ResumableAlgorithm(ParallelAlgorithm):
             super().learn(**arguments)
             return self
         began = 0 if reset_num_timesteps else int(self.num_timesteps)
-        total, ranks = began + math.ceil(total_timesteps), Ranks(self._processes)  # 1e5 is a number of steps too
+        if math.isnan(total_timesteps):
+            raise ValueError("`total_timesteps` must be a number of timesteps, got nan. Pass math.inf for no end.")
+        total = began + (math.ceil(total_timesteps) if math.isfinite(total_timesteps) else total_timesteps)  # also 1e5
+        ranks = Ranks(self._processes)
         run = Run(self, checkpoint_dir, checkpoint_freq, began, total, log_interval, ranks)
         with run:
             try:
@@ -236,7 +239,7 @@ class Run:
         path: str | os.PathLike[str],
         freq: int | None,
         began: int,
-        total: int,
+        total: float,
         log_interval: int | None,
         ranks: Ranks,
     ) -> None:
@@ -397,8 +400,10 @@ class Run:
                 self._folder.write_manifest(steps, written, said)
             except OSError as error:
                 problem = error
+        if self._ranks.rank == 0 and (problem is not None or len(written) < len(parts)):
+            self._folder.discard(steps)
         if problem is None:
-            self._written_at = steps
+            self._written_at = steps if len(written) == len(parts) else self._written_at
         elif self._terminated:
             raise problem
         else:
@@ -642,7 +647,7 @@ class RunState:
         if set(gone) - {*WITHOUT_STATE}:
             warnings.warn(f"The run had callbacks whose state is dropped: {', '.join(gone)}.", stacklevel=4)
 
-    def resume(self, state: Mapping[str, Any], total: int) -> None:
+    def resume(self, state: Mapping[str, Any], total: float) -> None:
         """Give everything its state, and let environments that do not go on begin new episodes."""
         model = self._model
         self.put(state, callbacks=True, environments=True)

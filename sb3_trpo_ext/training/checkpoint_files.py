@@ -56,7 +56,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world_size: int = 1) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # also where the program changes into another directory
         self._rank, self._world_size = rank, world_size
         said = f"`checkpoint_dir` must be a directory that can be written, got {str(path)!r}"
         try:
@@ -69,7 +69,7 @@ class CheckpointFolder:
     def write_part(self, steps: int, part: bytes) -> dict[str, Any]:
         """Write what a rank has to keep; what the manifest is to say of it."""
         folder = self._folder(steps)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _unlink(folder / MANIFEST)  # of a checkpoint that is written anew
         name = _name_of_part(self._rank)
         _write(folder / name, part)
@@ -81,10 +81,17 @@ class CheckpointFolder:
         manifest = {"format": FORMAT, "steps": steps, "world_size": self._world_size, "parts": parts, **said}
         _write(folder / MANIFEST, json.dumps({"sha256": _hash(manifest), **manifest}, indent=1).encode())
         _sync_folder(self.path)
-        whole = [each for each in self._folders() if (each / MANIFEST).exists()]
-        for each in [each for each in self._folders() if each not in whole[:KEPT]]:
+        complete = [each for each in self._folders() if (each / MANIFEST).exists()]
+        later = [each for each in complete if int(each.name) > steps]  # damaged, as this run went on from before them
+        kept = {*later, *complete[len(later) :][:KEPT]}
+        for each in [each for each in self._folders() if each not in kept]:
             _remove(each)
         return folder
+
+    def discard(self, steps: int) -> None:
+        """Drop the parts of a checkpoint that could not be completed, which a full disk has no room for; for rank 0."""
+        with suppress(OSError):
+            _remove(self._folder(steps))
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None where there is none.

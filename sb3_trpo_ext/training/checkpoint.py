@@ -156,6 +156,13 @@ class ResumableAlgorithm(ParallelAlgorithm):
             "progress_bar": progress_bar,
             **kwargs,
         }
+        asked = Ranks(self._processes).gathered((checkpoint_dir is not None, checkpoint_freq))
+        if len(set(asked)) > 1:
+            words = [f"{'a directory' if given else None} and checkpoint_freq={freq}" for given, freq in asked]
+            raise ValueError(
+                f"`checkpoint_dir` and `checkpoint_freq` must be the same for all processes, got {'; '.join(words)}, "
+                "rank by rank. Run one script with the same arguments on all of them."
+            )
         if checkpoint_dir is None:
             super().learn(**arguments)
             return self
@@ -416,7 +423,17 @@ class Run:
         return Path(self._model.logger.dir).name if own else None
 
     def _require_one_folder(self) -> None:
-        """Raise `ValueError` if processes find different checkpoints."""
+        """Raise `ValueError` if processes write into different directories, or find different checkpoints."""
+        if self._ranks.world_size == 1:
+            return
+        (mark, *_) = self._ranks.gathered(self._folder.leave_mark() if self._ranks.rank == 0 else None)
+        found = self._ranks.gathered(self._folder.has(mark))
+        self._folder.remove_mark(mark)
+        if not all(found):
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} must be one directory for all processes, but rank "
+                f"{found.index(False)} does not find there what rank 0 writes. Pass one that all of them share."
+            )
         newest = self._ranks.gathered(self._found and self._found.manifest["steps"])
         if len(set(newest)) > 1:
             raise ValueError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +21,9 @@ from typing import Any
 FORMAT = 1
 KEPT = 2
 """Checkpoints that are kept: the last, and the one before it should that be damaged."""
+
+SECONDS_TO_APPEAR = 5.0
+"""For a file that another machine has written."""
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -65,6 +69,26 @@ class CheckpointFolder:
             raise OSError(f"{said}: {error}") from error
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(said)
+
+    def leave_mark(self) -> str:
+        """Write a file by which others see that they share the directory; its name."""
+        name = f".shared-{os.urandom(8).hex()}"
+        (self.path / name).touch()
+        return name
+
+    def has(self, mark: str) -> bool:
+        """Whether such a file is there, or comes over the network within some seconds."""
+        end = time.monotonic() + SECONDS_TO_APPEAR
+        while not (self.path / mark).exists():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def remove_mark(self, mark: str) -> None:
+        """Remove such a file, if nobody has."""
+        with suppress(OSError):
+            _unlink(self.path / mark)
 
     def write_part(self, steps: int, part: bytes) -> dict[str, Any]:
         """Write what a rank has to keep; what the manifest is to say of it."""

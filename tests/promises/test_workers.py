@@ -51,6 +51,7 @@ from sb3_trpo_ext import (
     main_only,
 )
 from sb3_trpo_ext.policy import problem
+from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
 from sb3_trpo_ext.training.parallel import merged
 
@@ -761,6 +762,24 @@ def test_workers_that_are_not_alike_are_refused(ranks: Ranks) -> None:
         assert "`parameters` is" in shape and "on rank 1" in shape
         assert "`batch_size` is the size of a minibatch of all workers together" in size and "got 64. Pass 63" in size
         assert "`distributed` must be True or False, got 1" in flag
+
+
+def into_other_directories(rank: int, folder: str) -> Any:
+    checkpoint_files.SECONDS_TO_APPEAR = 0.5
+    messages = []
+    for place in (f"{folder}/{rank}", folder if rank == 0 else None):
+        try:
+            learner("trpo").learn(STEPS * 2 * RANKS, checkpoint_dir=place)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_workers_write_into_one_directory(ranks: Ranks, tmp_path: Path) -> None:
+    for another, none in ranks(into_other_directories, str(tmp_path)):
+        assert "must be one directory for all processes, but rank 1 does not find" in another
+        assert "`checkpoint_dir` and `checkpoint_freq` must be the same for all" in none
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def apart(rank: int, folder: str) -> Any:

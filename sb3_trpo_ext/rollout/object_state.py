@@ -167,9 +167,14 @@ class Attributes:
         return {name: value for name, value in vars(self.owner).items() if self._is_state(name, value)}
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Give the object such attributes."""
+        """Give the object such attributes; a list that its constructor was given, and who gave it reads, is filled."""
         self._brought |= values.keys()
-        vars(self.owner).update(values)
+        for name, value in values.items():
+            now = vars(self.owner).get(name)
+            if self._is_given(name) and type(now) is type(value) is list:
+                now[:] = value
+            else:
+                vars(self.owner)[name] = value
 
     def leave_out_what_cannot_be_pickled(self) -> None:
         """Look for values that cannot be pickled; `values` is without them from now on."""

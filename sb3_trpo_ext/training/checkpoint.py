@@ -156,11 +156,21 @@ class ResumableAlgorithm(ParallelAlgorithm):
             "progress_bar": progress_bar,
             **kwargs,
         }
+        asked = Ranks(self._processes).gathered((checkpoint_dir is not None, checkpoint_freq))
+        if len(set(asked)) > 1:
+            words = [f"{'a directory' if given else None} and checkpoint_freq={freq}" for given, freq in asked]
+            raise ValueError(
+                f"`checkpoint_dir` and `checkpoint_freq` must be the same for all processes, got {'; '.join(words)}, "
+                "rank by rank. Run one script with the same arguments on all of them."
+            )
         if checkpoint_dir is None:
             super().learn(**arguments)
             return self
         began = 0 if reset_num_timesteps else int(self.num_timesteps)
-        total, ranks = began + math.ceil(total_timesteps), Ranks(self._processes)  # 1e5 is a number of steps too
+        if math.isnan(total_timesteps):
+            raise ValueError("`total_timesteps` must be a number of timesteps, got nan. Pass math.inf for no end.")
+        total = began + (math.ceil(total_timesteps) if math.isfinite(total_timesteps) else total_timesteps)  # also 1e5
+        ranks = Ranks(self._processes)
         run = Run(self, checkpoint_dir, checkpoint_freq, began, total, log_interval, ranks)
         with run:
             try:
@@ -236,7 +246,7 @@ class Run:
         path: str | os.PathLike[str],
         freq: int | None,
         began: int,
-        total: int,
+        total: float,
         log_interval: int | None,
         ranks: Ranks,
     ) -> None:
@@ -397,8 +407,10 @@ class Run:
                 self._folder.write_manifest(steps, written, said)
             except OSError as error:
                 problem = error
+        if self._ranks.rank == 0 and (problem is not None or len(written) < len(parts)):
+            self._folder.discard(steps)
         if problem is None:
-            self._written_at = steps
+            self._written_at = steps if len(written) == len(parts) else self._written_at
         elif self._terminated:
             raise problem
         else:
@@ -411,7 +423,17 @@ class Run:
         return Path(self._model.logger.dir).name if own else None
 
     def _require_one_folder(self) -> None:
-        """Raise `ValueError` if processes find different checkpoints."""
+        """Raise `ValueError` if processes write into different directories, or find different checkpoints."""
+        if self._ranks.world_size == 1:
+            return
+        (mark, *_) = self._ranks.gathered(self._folder.leave_mark() if self._ranks.rank == 0 else None)
+        found = self._ranks.gathered(self._folder.has(mark))
+        self._folder.remove_mark(mark)
+        if not all(found):
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._folder.path)!r} must be one directory for all processes, but rank "
+                f"{found.index(False)} does not find there what rank 0 writes. Pass one that all of them share."
+            )
         newest = self._ranks.gathered(self._found and self._found.manifest["steps"])
         if len(set(newest)) > 1:
             raise ValueError(
@@ -642,7 +664,7 @@ class RunState:
         if set(gone) - {*WITHOUT_STATE}:
             warnings.warn(f"The run had callbacks whose state is dropped: {', '.join(gone)}.", stacklevel=4)
 
-    def resume(self, state: Mapping[str, Any], total: int) -> None:
+    def resume(self, state: Mapping[str, Any], total: float) -> None:
         """Give everything its state, and let environments that do not go on begin new episodes."""
         model = self._model
         self.put(state, callbacks=True, environments=True)

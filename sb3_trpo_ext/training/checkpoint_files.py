@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +21,9 @@ from typing import Any
 FORMAT = 1
 KEPT = 2
 """Checkpoints that are kept: the last, and the one before it should that be damaged."""
+
+SECONDS_TO_APPEAR = 5.0
+"""For a file that another machine has written."""
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -56,7 +60,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world_size: int = 1) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # also where the program changes into another directory
         self._rank, self._world_size = rank, world_size
         said = f"`checkpoint_dir` must be a directory that can be written, got {str(path)!r}"
         try:
@@ -66,10 +70,30 @@ class CheckpointFolder:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(said)
 
+    def leave_mark(self) -> str:
+        """Write a file by which others see that they share the directory; its name."""
+        name = f".shared-{os.urandom(8).hex()}"
+        (self.path / name).touch()
+        return name
+
+    def has(self, mark: str) -> bool:
+        """Whether such a file is there, or comes over the network within some seconds."""
+        end = time.monotonic() + SECONDS_TO_APPEAR
+        while not (self.path / mark).exists():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def remove_mark(self, mark: str) -> None:
+        """Remove such a file, if nobody has."""
+        with suppress(OSError):
+            _unlink(self.path / mark)
+
     def write_part(self, steps: int, part: bytes) -> dict[str, Any]:
         """Write what a rank has to keep; what the manifest is to say of it."""
         folder = self._folder(steps)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _unlink(folder / MANIFEST)  # of a checkpoint that is written anew
         name = _name_of_part(self._rank)
         _write(folder / name, part)
@@ -81,10 +105,17 @@ class CheckpointFolder:
         manifest = {"format": FORMAT, "steps": steps, "world_size": self._world_size, "parts": parts, **said}
         _write(folder / MANIFEST, json.dumps({"sha256": _hash(manifest), **manifest}, indent=1).encode())
         _sync_folder(self.path)
-        whole = [each for each in self._folders() if (each / MANIFEST).exists()]
-        for each in [each for each in self._folders() if each not in whole[:KEPT]]:
+        complete = [each for each in self._folders() if (each / MANIFEST).exists()]
+        later = [each for each in complete if int(each.name) > steps]  # damaged, as this run went on from before them
+        kept = {*later, *complete[len(later) :][:KEPT]}
+        for each in [each for each in self._folders() if each not in kept]:
             _remove(each)
         return folder
+
+    def discard(self, steps: int) -> None:
+        """Drop the parts of a checkpoint that could not be completed, which a full disk has no room for; for rank 0."""
+        with suppress(OSError):
+            _remove(self._folder(steps))
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None where there is none.

@@ -47,6 +47,12 @@ NO_DATA = 2**20
 BEAT = 1.0
 """Seconds between two signs of life."""
 
+AWAY = "away"
+"""In the place of one: the worker does something of its own, as scripts do between two calls of ``learn``."""
+
+ENDED = "ended"
+"""In the place of one: its program has ended."""
+
 
 class WorkerError(RuntimeError):
     """Another worker ended what all of them were doing. The message names its rank and the cause."""
@@ -100,8 +106,14 @@ class ProcessGroup:
         self._generation = 0
         self._lanes: dict[Any, _Lane] = {}
         self._room = 1024
+        self._saved: dict[str, int] = {}
         self._pulse: _Pulse | None = None
         self._is_ending = False
+
+    @classmethod
+    def known(cls) -> ProcessGroup | None:
+        """That which this process has taken part in; None if it has not yet."""
+        return cls._of_this_process
 
     @classmethod
     def of_this_process(cls) -> ProcessGroup | None:
@@ -109,10 +121,18 @@ class ProcessGroup:
         found = launched()
         if found is None:
             return None
-        known = cls._of_this_process
+        known = cls.known()
         if known is None or (known.rank, known.workers) != found:
             cls._of_this_process = known = cls(*found)
         return known
+
+    def __deepcopy__(self, memo: object) -> ProcessGroup:
+        """Itself: there is one object for a process."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """That of the process in which it is read."""
+        return ProcessGroup.of_this_process, ()
 
     # Messages.
 
@@ -266,8 +286,46 @@ class ProcessGroup:
             backends = "cpu:gloo,cuda:nccl" if has_own_gpu() else "gloo"
             initialize_workers(backends)
             self._store = dist.distributed_c10d._get_default_store()
+            self._meet_again()
             self._group = dist.new_group(timeout=AGES, backend=backends)
         return self._group
+
+    def _meet_again(self) -> None:
+        """After a failure, wait until all others are about to make the next group, which they may never be."""
+        if not self._generation:
+            return
+        self._store.set(self._key(f"here/{self.rank}"), "")
+        for other in self._others:
+            while not self._store.check([self._key(f"here/{other}")]):
+                if has_ended(self._store, other):
+                    raise WorkerError(f"rank {other} has ended its program and trains no more")
+                time.sleep(0.02)
+
+    # Files.
+
+    def note_saved(self, path: str | os.PathLike[str]) -> None:
+        """The first worker has written a file, or this one has left that to it; outside of what is done together."""
+        if self._store is None or self._pulse is not None:
+            return  # what is done together all of them finish before one goes on
+        key = _key_of_file(path)
+        self._saved[key] = count = self._saved.get(key, 0) + 1
+        if self.rank == 0:
+            with suppress(RuntimeError):
+                self._store.set(key, str(count))
+
+    def wait_for_saved(self, path: str | os.PathLike[str]) -> None:
+        """Wait until the first worker has written a file that this one has left to it, if it is about to."""
+        key = _key_of_file(path)
+        count = self._saved.get(key, 0)
+        if self.rank == 0 or not count or self._pulse is not None:
+            return
+        since = time.monotonic()
+        while not (self._store.check([key]) and int(self._store.get(key)) >= count):
+            if beat_of(self._store, 0) is None:
+                since = time.monotonic()
+            if has_ended(self._store, 0) or time.monotonic() - since > 5 * BEAT:  # or trains, and waits for this one
+                return
+            time.sleep(0.02)
 
     # Failures.
 
@@ -363,10 +421,21 @@ def _completes(work: Any, seconds: float = 2.0) -> bool:
     return True
 
 
+def _key_of_file(path: str | os.PathLike[str]) -> str:
+    return f"sb3_trpo_ext/saved/{os.path.abspath(path).removesuffix('.zip')}"
+
+
 def beat_of(store: Any, rank: int) -> bytes | None:
-    """The last sign of life of a worker; None if it has never given one."""
+    """The last sign of life of a worker; None if it gives none, as it does not train with the others now."""
     key = f"sb3_trpo_ext/beat/{rank}"
-    return store.get(key) if store.check([key]) else None
+    beat = store.get(key) if store.check([key]) else None
+    return None if beat in (None, AWAY.encode(), ENDED.encode()) else beat
+
+
+def has_ended(store: Any, rank: int) -> bool:
+    """Whether the program of a worker has come to its end, in order."""
+    key = f"sb3_trpo_ext/beat/{rank}"
+    return bool(store.check([key]) and store.get(key) == ENDED.encode())
 
 
 class _Pulse:
@@ -383,7 +452,7 @@ class _Pulse:
         store = group._store
         self.verdict = ""
         self._group, self._store = group, store.clone() if hasattr(store, "clone") else store
-        self._neighbour = (group.rank + 1) % group.workers
+        self._neighbour, self._key = (group.rank + 1) % group.workers, f"sb3_trpo_ext/beat/{group.rank}"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="sb3_trpo_ext-pulse")
 
@@ -394,13 +463,15 @@ class _Pulse:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join(2 * BEAT)
+        with suppress(RuntimeError):
+            self._store.set(self._key, AWAY)
 
     def _run(self) -> None:
         last, since = None, time.monotonic()
         now = since
         while not self.verdict:
             try:
-                self._store.set(f"sb3_trpo_ext/beat/{self._group.rank}", str(time.time()))
+                self._store.set(self._key, str(time.time()))
                 beat = beat_of(self._store, self._neighbour)
                 self.verdict = self._group.published(self._store)
             except RuntimeError:
@@ -463,6 +534,8 @@ def initialize_workers(backends: str = "gloo") -> None:
 def _finalize() -> None:
     """Leave torch.distributed, if nobody has."""
     if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.distributed_c10d._get_default_store().set(f"sb3_trpo_ext/beat/{dist.get_rank()}", ENDED)
         dist.destroy_process_group()
 
 

@@ -270,6 +270,24 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         """As in SB3. Of several workers the first one writes files; it waits for no other."""
         if not (self.reduction.rank and isinstance(path, (str, pathlib.Path))):
             super().save(path, exclude, include)
+        if self._processes is not None and isinstance(path, (str, pathlib.Path)):
+            self._processes.note_saved(path)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> Any:
+        """As in SB3; what the script has saved before is there, though the first worker alone has written it."""
+        processes = ProcessGroup.known()
+        if processes is not None and isinstance(path, (str, pathlib.Path)):
+            processes.wait_for_saved(path)
+        return super().load(path, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that was pickled is one of the workers of the process that reads it, if there are any."""
+        vars(self).update(state)
+        processes = state.get("_processes")
+        if processes is None or processes.workers == 1:
+            self._processes = None
+            vars(self).pop("reduction", None)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "reduction", "_processes", "_session"]

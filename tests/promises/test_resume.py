@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -946,6 +947,8 @@ def test_arguments_that_cannot_work(tmp_path: Path) -> None:
         model.learn(64, checkpoint_dir=3)
     with pytest.raises(ValueError, match="got ''"):
         model.learn(64, checkpoint_dir="")
+    with pytest.raises(ValueError, match="`total_timesteps` must be a number of timesteps, got nan"):
+        model.learn(float("nan"), checkpoint_dir=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="`checkpoint_dir` must be a directory that can be written"):
         model.learn(64, checkpoint_dir=tmp_path / "file")
@@ -954,6 +957,8 @@ def test_arguments_that_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "123").mkdir()
     (tmp_path / "123" / "of the user").touch()
     build(MaskableTRPO).learn(64, use_masking=True, checkpoint_dir=tmp_path)
+    endless = build(TRPO).learn(math.inf, lambda *_: False, checkpoint_dir=tmp_path / "endless")
+    assert endless.num_timesteps == 2
     assert (tmp_path / "notes.txt").exists() and (tmp_path / "123" / "of the user").exists()
 
 
@@ -966,6 +971,65 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         model = resumed(lambda: build(TRPO), tmp_path)
     assert model.num_timesteps == TOTAL
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_could_not_be_completed_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("manifest.json") and "0192" in str(target):
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(checkpoint_files.os, "replace", full)
+    with pytest.warns(UserWarning, match="No checkpoint could be written at 192 timesteps.*No space left"):
+        build(TRPO).learn(192, checkpoint_dir=tmp_path, checkpoint_freq=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000064", "000000000128"]
+
+
+def test_a_later_checkpoint_that_is_damaged_does_not_take_the_place_of_one(tmp_path: Path) -> None:
+    build(TRPO).learn(320, checkpoint_dir=tmp_path, checkpoint_freq=1)
+    later = tmp_path / "000000099999" / "manifest.json"
+    later.parent.mkdir()
+    later.write_text("{}")
+    with pytest.warns(UserWarning, match="A checkpoint is damaged"):
+        build(TRPO).learn(448, checkpoint_dir=tmp_path, checkpoint_freq=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000384", "000000000448", "000000099999"]
+
+
+class Collecting(BaseCallback):
+    """Fills a list of the script's."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.num_timesteps)
+        return True
+
+
+def test_a_list_that_a_script_gave_to_its_callback_is_filled(tmp_path: Path) -> None:
+    for total in (128, 256):
+        seen: list[int] = []
+        build(TRPO).learn(total, Collecting(seen), checkpoint_dir=tmp_path, checkpoint_freq=1)
+        assert seen == list(range(2, total + 1, 2))
+
+
+class Moving(BaseCallback):
+    """Changes into another directory."""
+
+    def _on_rollout_start(self) -> None:
+        os.chdir("/")
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_a_program_may_change_into_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(TRPO).learn(128, Moving(), checkpoint_dir="run", checkpoint_freq=1)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["000000000064", "000000000128"]
 
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Processes that torchrun started train one model together: one update, the same decisions, one set of files."""
 
+import copy
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import socket
@@ -49,6 +51,7 @@ from sb3_trpo_ext import (
     main_only,
 )
 from sb3_trpo_ext.policy import problem
+from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
 from sb3_trpo_ext.training.parallel import merged
 
@@ -465,6 +468,59 @@ def test_a_slow_evaluation_is_waited_for(ranks: Ranks) -> None:
         np.testing.assert_array_equal(after, found[0][1])
 
 
+def act_alone_between(rank: int, folder: str) -> Any:
+    """Where the first worker evaluates and saves, and the others are far ahead of it."""
+    ProcessGroup.silence = 2.0
+    model = learner("trpo")
+    model.learn(STEPS * 2 * RANKS)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model.policy)), pickle.loads(pickle.dumps(model.reduction))
+    assert copies[-1].workers == RANKS
+    if rank == 0:
+        time.sleep(5)
+    model.learn(STEPS * 2 * RANKS, reset_num_timesteps=False)
+    if rank == 0:
+        time.sleep(1)
+    model.save(f"{folder}/model")
+    models = TRPO.load(f"{folder}/model", env=model.env), model
+    ProcessGroup.silence = 25.0
+    learnt = [flat(summary(each.learn(STEPS * 2 * RANKS, reset_num_timesteps=False))) for each in models]
+    return [flat([[p.detach() for p in copies[0].policy.parameters()]]), *learnt]
+
+
+def test_workers_wait_for_what_one_does_between_two_calls_of_learn(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(act_alone_between, str(tmp_path))
+    for each in found:
+        for mine, first in zip(each, found[0], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+LEAVES = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from sb3_trpo_ext import TRPO, WorkerError
+
+def fail(*_):
+    raise RuntimeError("as it is told to") if os.environ["RANK"] == "1" else WorkerError("in the same step")
+
+model = TRPO("MlpPolicy", "CartPole-v1", n_steps=100, device="cpu")
+try:
+    model.learn(10_000, fail)
+except RuntimeError:
+    pass
+if os.environ["RANK"] == "0":
+    model.learn(10_000)
+"""
+
+
+def test_nobody_waits_for_a_worker_whose_program_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LEAVES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run([*launcher, str(tmp_path / "train.py")], capture_output=True, text=True, timeout=60)
+    assert found.returncode
+    assert "WorkerError: rank 1 has ended its program and trains no more" in found.stderr
+
+
 SCRIPT = """
 import os, signal, sys, time
 import torch
@@ -710,6 +766,24 @@ def test_workers_that_are_not_alike_are_refused(ranks: Ranks) -> None:
         assert "`parameters` is" in shape and "on rank 1" in shape
         assert "`batch_size` is the size of a minibatch of all workers together" in size and "got 64. Pass 63" in size
         assert "`distributed` must be True or False, got 1" in flag
+
+
+def into_other_directories(rank: int, folder: str) -> Any:
+    checkpoint_files.SECONDS_TO_APPEAR = 0.5
+    messages = []
+    for place in (f"{folder}/{rank}", folder if rank == 0 else None):
+        try:
+            learner("trpo").learn(STEPS * 2 * RANKS, checkpoint_dir=place)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_workers_write_into_one_directory(ranks: Ranks, tmp_path: Path) -> None:
+    for another, none in ranks(into_other_directories, str(tmp_path)):
+        assert "must be one directory for all processes, but rank 1 does not find" in another
+        assert "`checkpoint_dir` and `checkpoint_freq` must be the same for all" in none
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def apart(rank: int, folder: str) -> Any:

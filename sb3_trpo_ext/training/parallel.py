@@ -33,6 +33,7 @@ from stable_baselines3.common.callbacks import (
     ConvertCallback,
     EventCallback,
     EveryNTimesteps,
+    ProgressBarCallback,
 )
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
@@ -181,7 +182,9 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if self._processes is not None:
             callback = callback_of(callback, self._processes.rank)
-            if progress_bar or not is_idle(callback):  # nobody looks at a count that ends with the rollout
+            if progress_bar:
+                callback, progress_bar = CallbackList([callback, ProgressBarCallback()]), False
+            if not is_idle(callback):  # nobody looks at a count that ends with the rollout
                 callback = CountingCallback(callback, self._processes.workers)
         return super()._init_callback(callback, progress_bar)
 
@@ -723,6 +726,13 @@ def _runs_everywhere(callback: BaseCallback) -> bool:
     return not any(kind.__module__.split(".")[0] in OF_THE_FIRST for kind in kinds)
 
 
+def callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and, if it is a list, those in it."""
+    yield callback
+    for each in callback.callbacks if isinstance(callback, CallbackList) else ():
+        yield from callbacks_in(each)
+
+
 class CountingCallback(CallbackList):
     """Counts the steps of all workers, and then calls what is to run on this one.
 
@@ -735,10 +745,14 @@ class CountingCallback(CallbackList):
         super().__init__([callback])
         self.counted = callback
         self._others = workers - 1
+        self._bars = [each for each in callbacks_in(callback) if isinstance(each, ProgressBarCallback)]
 
     def on_step(self) -> bool:
         """See `BaseCallback.on_step`."""
         steps, model = self._others * self.model.n_envs, self.model
         model.num_timesteps += steps
         model._session.others_steps += steps  # type: ignore[attr-defined]
-        return super().on_step()
+        goes_on = super().on_step()
+        for bar in self._bars:
+            bar.pbar.update(steps)
+        return goes_on

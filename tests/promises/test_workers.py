@@ -29,6 +29,7 @@ from stable_baselines3.common.callbacks import (
     CheckpointCallback,
     EvalCallback,
     EveryNTimesteps,
+    ProgressBarCallback,
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
@@ -593,6 +594,22 @@ def callbacks_of(rank: int, folder: str) -> Any:
     steps = model.num_timesteps
     calls = {name: callback.n_calls for name, callback in kinds.items()} | {"function": len(called)}
     return calls, inner, len(stream.getvalue()) > 1000, steps
+
+
+class Bar(ProgressBarCallback):
+    def _on_training_end(self) -> None:
+        self.shown = self.pbar.n, self.pbar.total
+        super()._on_training_end()
+
+
+def progress_of(rank: int) -> Any:
+    bar = Bar()
+    TRPO("MlpPolicy", "CartPole-v1", n_steps=50, seed=0).learn(100 * RANKS, [bar])
+    return getattr(bar, "shown", None)
+
+
+def test_a_progress_bar_counts_the_steps_of_all(ranks: Ranks) -> None:
+    assert ranks(progress_of) == [(100 * RANKS, 100 * RANKS), None, None]
 
 
 def test_callbacks_run_where_they_should_and_files_are_written_once(ranks: Ranks, tmp_path: Path) -> None:

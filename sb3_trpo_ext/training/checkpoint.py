@@ -257,7 +257,8 @@ class Run:
         self._identity = _identity(model)
         self._found = self._usable(folder.newest())
         self._require_one_folder()
-        self._terminated = False
+        self._was_asked_to_end = False  # by SIGTERM, at any moment
+        self._terminated = False  # as all ranks have agreed, between two updates
         self._pending: bytes | None = None
         self._iterations = self._iterations_before = 0
         self._tried_at = self._written_at = began
@@ -287,12 +288,12 @@ class Run:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
         del self._model._run
-        if self._terminated and isinstance(error, (EOFError, ConnectionError)):
+        if self._was_asked_to_end and isinstance(error, (EOFError, ConnectionError)):
             # The signal went to the whole group of processes, and the environments in some of them are gone.
             self._leave()
 
     def _note_termination(self, number: int, frame: Any) -> None:
-        self._terminated = True
+        self._was_asked_to_end = True
 
     def _leave(self) -> None:
         """End the program as SIGTERM asks."""
@@ -354,7 +355,7 @@ class Run:
 
     def between_updates(self) -> None:
         """Before a rollout: bring the rest of the run back, or write it down if it is time."""
-        self._terminated = self._ranks.any(self._terminated)
+        self._terminated = self._ranks.any(self._was_asked_to_end)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._state.resume(self._state.read(pending), self._total)
@@ -375,7 +376,7 @@ class Run:
                 f"A callback stopped the run in {self._folder.path} at {model.num_timesteps} of {self._total} "
                 "timesteps. The same command goes on from its last checkpoint."
             )
-        if self._ranks.any(self._terminated):
+        if self._ranks.any(self._was_asked_to_end):
             self._leave()
 
     def _is_due(self) -> bool:

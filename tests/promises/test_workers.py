@@ -807,7 +807,7 @@ def apart(rank: int, folder: str) -> Any:
     model = TRPO("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, device="cpu", distributed=False).learn(300)
     model.save(f"{folder}/{rank}")
     again = TRPO.load(f"{folder}/{rank}", env=model.env)
-    joint = TRPO.load(f"{folder}/0", env=model.env, distributed=True)
+    joint = TRPO.load(f"{folder}/{rank}", env=model.env, distributed=True)
     joint.learn(100 * RANKS)
     assert model.reduction.workers == again.reduction.workers == 1 and joint.reduction.workers == RANKS
     return flat([[p.detach() for p in model.policy.parameters()]]), joint.num_timesteps

@@ -279,6 +279,10 @@ class TRPO(NaturalGradientAlgorithm):
     def _forget_past_updates(self) -> None:
         self.gradient_memory, self._past_rollouts, self._theta_left = None, (), None
 
+    def _forget_rollouts(self) -> None:
+        super()._forget_rollouts()
+        self._past_rollouts = ()
+
     def _theta(self) -> Tensor:
         """All parameters as they are."""
         return flatten(list(self.policy.parameters())).detach()

@@ -88,11 +88,17 @@ def _is_plain(env: DummyVecEnv) -> bool:
     return not own and flat and not any(array.dtype.hasobject for array in env.buf_obs.values())
 
 
+def vec_layers(env: VecEnv | None) -> Iterator[VecEnv]:
+    """The wrappers of vectorised environments, the outermost first, and what they wrap."""
+    while env is not None:
+        yield env
+        env = env.venv if isinstance(env, VecEnvWrapper) else None
+
+
 @contextmanager
 def cheap_copies(env: VecEnv) -> Iterator[None]:
     """Let a `DummyVecEnv`, wrapped or not, be a `LeanDummyVecEnv` within the block."""
-    while isinstance(env, VecEnvWrapper):
-        env = env.venv
+    *_, env = vec_layers(env)
     if type(env) is not DummyVecEnv or not _is_plain(env):
         yield
         return

@@ -21,6 +21,7 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_trpo_ext.rollout.env_copies import vec_layers
 from sb3_trpo_ext.rollout.object_state import (
     CODE,
     Attributes,
@@ -212,14 +213,13 @@ class EnvStates:
 
     def __init__(self, env: VecEnv, references: References) -> None:
         self.env = env
-        self._wrappers: list[Attributes | VecEnvWrapper] = []
-        while isinstance(env, VecEnvWrapper):
-            own = has_pair(env)
-            self._wrappers.append(env if own else Attributes(env, references, skip=("venv", "class_attributes")))
-            env = env.venv
-        self._base = env
+        *wrappers, self._base = vec_layers(env)
+        self._wrappers: list[Any] = [
+            each if has_pair(each) else Attributes(each, references, skip=("venv", "class_attributes"))
+            for each in wrappers
+        ]
         self.reason = ""
-        if not has_pair(env):
+        if not has_pair(self._base):
             self.reason = next(filter(None, self._on_each("why_not_exact")), "")
 
     @property

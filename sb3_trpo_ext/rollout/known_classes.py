@@ -35,7 +35,7 @@ KNOWN_MODULES = (
     "stable_baselines3.common.callbacks",
     "sb3_contrib.common.maskable.callbacks",
     "rl_zoo3.callbacks",
-    "sb3_trpo_ext.training.parallel",
+    "sb3_trpo_ext.training.worker_callbacks",
 )
 """Where the callbacks are defined that neither look at values and log-probabilities nor change the policy."""
 

@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from torch import nn
 
 from sb3_trpo_ext.core.arguments import check_integer
+from sb3_trpo_ext.rollout.env_copies import vec_layers
 from sb3_trpo_ext.rollout.env_state import EnvStates, layers
 from sb3_trpo_ext.rollout.object_state import (
     Attributes,
@@ -156,7 +157,8 @@ class ResumableAlgorithm(ParallelAlgorithm):
             "progress_bar": progress_bar,
             **kwargs,
         }
-        asked = Ranks(self._processes).gathered((checkpoint_dir is not None, checkpoint_freq))
+        ranks = Ranks(self._processes)
+        asked = ranks.gathered((checkpoint_dir is not None, checkpoint_freq))
         if len(set(asked)) > 1:
             words = [f"{'a directory' if given else None} and checkpoint_freq={freq}" for given, freq in asked]
             raise ValueError(
@@ -170,7 +172,6 @@ class ResumableAlgorithm(ParallelAlgorithm):
         if math.isnan(total_timesteps):
             raise ValueError("`total_timesteps` must be a number of timesteps, got nan. Pass math.inf for no end.")
         total = began + (math.ceil(total_timesteps) if math.isfinite(total_timesteps) else total_timesteps)  # also 1e5
-        ranks = Ranks(self._processes)
         run = Run(self, checkpoint_dir, checkpoint_freq, began, total, log_interval, ranks)
         with run:
             try:
@@ -670,8 +671,8 @@ class RunState:
         model = self._model
         self.put(state, callbacks=True, environments=True)
         model._total_timesteps = total
-        if self.world[1] != self.world[2] and "_past_rollouts" in vars(model):
-            model._past_rollouts = ()  # which may be of another rank's environments
+        if self.world[1] != self.world[2]:
+            model._forget_rollouts()
         if self.is_exact(state):
             model._note_statistics()
             return
@@ -768,10 +769,7 @@ def _identity(model: Any) -> dict[str, Any]:
     """What has to be the same where a run goes on, as texts by name."""
     changing = {name for each in model._checkpoints() for name in getattr(each, "names", ())}
     names = parameters_of(type(model)) - MAY_DIFFER - changing
-    env, wrappers = model.env, []
-    while isinstance(env, VecEnvWrapper):
-        wrappers.append(type(env).__qualname__)
-        env = env.venv
+    *wrappers, _ = (type(env).__qualname__ for env in vec_layers(model.env))
     arguments = {name: described(getattr(model, name)) for name in sorted(names) if name in vars(model)}
     return {
         "the algorithm": type(model).__qualname__,

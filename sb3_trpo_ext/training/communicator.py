@@ -513,22 +513,27 @@ def _terminates_in_order(group: ProcessGroup) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def initialize_workers(backends: str = "gloo") -> None:
+def initialize_workers(backends: str = "gloo") -> tuple[int, int]:
     """Initialise torch.distributed as a model does, for a script that needs it before; nothing if somebody has.
+
+    Returns:
+        Rank and number of the processes that train together; 0 and 1, and nothing is initialised, where one is alone.
 
     Where ``torchrun --max-restarts`` starts processes again, the store may still hold the addresses of those before
     (https://github.com/pytorch/pytorch/issues/135712): on one machine each start has a part of the store for itself.
     """
-    if dist.is_initialized():
-        return
+    found = launched() or (0, 1)
+    if dist.is_initialized() or found[1] == 1:
+        return found
     atexit.register(_finalize)  # whose threads the end of the interpreter would take for an error
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if start == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backends)
-        return
+        return found
     store, rank, workers = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"sb3_trpo_ext/start {start}", store)
     dist.init_process_group(backends, store=store, rank=rank, world_size=workers)
+    return found
 
 
 def _finalize() -> None:

@@ -6,7 +6,6 @@ Each process runs the script as it is, with environments of its own. From ``lear
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import math
 import os
@@ -20,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,35 +29,31 @@ import torch
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
-    ConvertCallback,
-    EventCallback,
-    EveryNTimesteps,
     ProgressBarCallback,
 )
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_trpo_ext.core.arguments import values_of
 from sb3_trpo_ext.core.reduction import ALONE, Reduction, SharedReduction, merged_moments, moments_here
 from sb3_trpo_ext.rollout.buffers import by_time
 from sb3_trpo_ext.rollout.known_classes import is_idle
+from sb3_trpo_ext.rollout.object_state import parameters_of
+from sb3_trpo_ext.rollout.worker_envs import (
+    keep_one_monitor,
+    merged,
+    normalizers_of,
+    pending_seeds,
+    set_statistics,
+    statistics_of,
+)
 from sb3_trpo_ext.training.communicator import ProcessGroup, has_own_gpu, launched
-
-BASES = (BaseCallback, EventCallback, CallbackList, ConvertCallback)
-"""Classes of callbacks that say nothing of what a callback does."""
-
-OF_THE_FIRST = ("stable_baselines3", "sb3_contrib", "rl_zoo3")
-"""Packages whose callbacks evaluate, save, show progress or stop, which is to be done once."""
+from sb3_trpo_ext.training.worker_callbacks import CountingCallback, callback_of
 
 OWN_TO_A_WORKER = {"policy", "env", "verbose", "tensorboard_log", "seed", "device", "kl_coef", "_init_setup_model"}
 """Constructor arguments in which workers may differ, or of which the first worker's value is taken over by all."""
-
-CallbackT = TypeVar("CallbackT", bound=BaseCallback)
 
 
 class ParallelAlgorithm(OnPolicyAlgorithm):
@@ -200,6 +195,9 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
             session.forget_rollout()
             raise
 
+    def _forget_rollouts(self) -> None:
+        """Drop rollouts of earlier updates: they may be of another worker's environments."""
+
     def _shared_attributes(self) -> tuple[str, ...]:
         """Numbers beside the policy that are the same for all workers, and are told by the first one."""
         return ("num_timesteps", "_n_updates", "_current_progress_remaining")
@@ -313,7 +311,7 @@ class Session:
 
     def __init__(self, model: Any, processes: ProcessGroup) -> None:
         self._model, self._processes = model, processes
-        self._normalizers = list(_normalizers(model.env))
+        self._normalizers = list(normalizers_of(model.env))
         self._steps_before = 0
         self._episodes_before: tuple[list[Any], list[Any]] = [], []
 
@@ -328,9 +326,9 @@ class Session:
         state = (
             *self._fingerprint(),
             model.num_timesteps,
-            *(_checksum(_statistics(each)) for each in self._normalizers),
+            *(_checksum(statistics_of(each)) for each in self._normalizers),
         )
-        told = processes.exchange((here, _pending_seeds(model.env), state))
+        told = processes.exchange((here, pending_seeds(model.env), state))
         for rank, (there, _, _) in enumerate(told):
             differing = [name for name in here if there.get(name) != told[0][0].get(name)]
             if differing or there.keys() != told[0][0].keys():
@@ -347,7 +345,7 @@ class Session:
 
     def note_statistics(self) -> None:
         """Running statistics are the same for all workers now: what is added from here on is to be merged."""
-        self._merged = [_statistics(each) for each in self._normalizers]
+        self._merged = [statistics_of(each) for each in self._normalizers]
 
     def _part_seeds(self, seeds: list[list[int | None]]) -> bool:
         """Seed environment i of worker r as r·E + i where workers would seed theirs alike; whether all differ now."""
@@ -363,7 +361,7 @@ class Session:
         model = self._model
         names = (*model._shared_attributes(), "ep_info_buffer", "ep_success_buffer")
         attributes = {name: getattr(model, name, None) for name in names}
-        statistics = [_statistics(each) for each in self._normalizers]
+        statistics = [statistics_of(each) for each in self._normalizers]
         parameters = model.get_parameters()
         buffer = io.BytesIO()
         if not self._processes.rank:
@@ -381,7 +379,7 @@ class Session:
         for name, value in attributes.items():
             setattr(model, name, value)
         for normalizer, statistic in zip(self._normalizers, statistics, strict=True):
-            _set_statistics(normalizer, statistic)
+            set_statistics(normalizer, statistic)
 
     def compare_first_observations(self) -> None:
         """Warn where two workers begin alike, as those with the same seeds of environments do."""
@@ -430,7 +428,7 @@ class Session:
             self._fingerprint(),
             list(model.ep_info_buffer)[len(infos) :],
             list(model.ep_success_buffer)[len(successes) :],
-            [_statistics(each) for each in self._normalizers],
+            [statistics_of(each) for each in self._normalizers],
             self._moments_here() if completed else None,
         )
         told = processes.exchange(mine)
@@ -446,7 +444,7 @@ class Session:
         self._keep_episodes(chain(infos, *new_infos), chain(successes, *new_successes))
         for index, normalizer in enumerate(self._normalizers):
             self._merged[index] = merged(self._merged[index], [each[index] for each in statistics])
-            _set_statistics(normalizer, self._merged[index])
+            set_statistics(normalizer, self._merged[index])
         return all(all_completed)
 
     def _moments_here(self) -> np.ndarray:
@@ -503,14 +501,10 @@ def settings(model: Any) -> dict[str, str]:
         "parameters": str([(name, tuple(each.shape), str(each.dtype)) for name, each in _tensors(model.policy)]),
         "optimizer": type(model.policy.optimizer).__qualname__,
         "past rollouts": str(len(getattr(model, "_past_rollouts", ()))),
-        "statistics of VecNormalize": str(len(list(_normalizers(model.env)))),
+        "statistics of VecNormalize": str(len(list(normalizers_of(model.env)))),
     }
-    for kind in type(model).__mro__:
-        if "__init__" in vars(kind):
-            for name in inspect.signature(vars(kind)["__init__"]).parameters:
-                if name in vars(model) and name not in OWN_TO_A_WORKER:
-                    found[name] = _in_words(getattr(model, name))
-    return found
+    names = (parameters_of(type(model)) & vars(model).keys()) - OWN_TO_A_WORKER
+    return found | {name: _in_words(getattr(model, name)) for name in sorted(names)}
 
 
 def _tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -526,233 +520,3 @@ def _in_words(value: Any) -> str:
         except Exception:
             return f"a {type(value).__name__}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-# Environments.
-
-
-def _layers(env: VecEnv | None) -> Iterator[VecEnv]:
-    """A vectorised environment and those within it."""
-    while env is not None:
-        yield env
-        env = env.venv if isinstance(env, VecEnvWrapper) else None
-
-
-def _normalizers(env: VecEnv | None) -> Iterator[VecNormalize]:
-    return (layer for layer in _layers(env) if isinstance(layer, VecNormalize))
-
-
-def _pending_seeds(env: VecEnv) -> list[int | None]:
-    """The seeds of the next reset, as far as they are known."""
-    innermost = list(_layers(env))[-1]
-    return list(getattr(innermost, "_seeds", [None]))
-
-
-Moments = tuple[np.ndarray, np.ndarray, float]
-"""Mean, variance and number of samples."""
-
-
-def _running(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
-    """The running statistics of an environment's observations and returns."""
-    found: dict[str, RunningMeanStd] = {"returns": normalizer.ret_rms}
-    seen: Any = getattr(normalizer, "obs_rms", None)
-    if isinstance(seen, dict):
-        found |= {f"observations {key}": each for key, each in seen.items()}
-    elif seen is not None:
-        found["observations"] = seen
-    return found
-
-
-def _statistics(normalizer: VecNormalize) -> dict[str, Moments]:
-    return {key: (each.mean, each.var, float(each.count)) for key, each in _running(normalizer).items()}
-
-
-def _set_statistics(normalizer: VecNormalize, statistics: dict[str, Moments]) -> None:
-    for key, each in _running(normalizer).items():
-        mean, var, each.count = statistics[key]
-        each.mean, each.var = np.array(mean), np.array(var)
-
-
-def merged(before: dict[str, Moments], told: list[dict[str, Moments]]) -> dict[str, Moments]:
-    """Statistics with what each worker has added to them since they were the same for all, in the order of ranks.
-
-    In one pass as for parts of one sample (Chan, Golub and LeVeque 1979).
-    """
-    result = {}
-    for key, (mean, var, count) in before.items():
-        together = RunningMeanStd(shape=np.shape(mean))
-        together.mean, together.var, together.count = np.array(mean), np.array(var), count
-        for there in told:
-            mean_there, var_there, count_there = there[key]
-            new = count_there - count
-            if new > 0:
-                new_mean = mean + (mean_there - mean) * (count_there / new)
-                apart = np.square(new_mean - mean) * (count * new / count_there)
-                new_var = np.maximum(var_there * count_there - var * count - apart, 0.0) / new
-                together.update_from_moments(new_mean, new_var, new)
-        result[key] = together.mean, together.var, float(together.count)
-    return result
-
-
-def keep_one_monitor(env: VecEnv, *, is_first: bool) -> None:
-    """Let the first worker alone write the files of Monitor and VecMonitor, which all of them have opened.
-
-    A file that another one has emptied since gets its head again, if nothing was written yet.
-    """
-    for holder in _monitors(env):
-        writer = getattr(holder, "results_writer", None)
-        if writer is None:
-            continue
-        if is_first:
-            _write_head(holder, writer)
-        else:
-            writer.close()
-            holder.results_writer = None
-    innermost = list(_layers(env))[-1]
-    sets = getattr(gym.Wrapper, "set_wrapper_attr", None)
-    if isinstance(innermost, SubprocVecEnv) and sets is not None and "force" in inspect.signature(sets).parameters:
-        innermost.env_method("set_wrapper_attr", "results_writer", _Writer() if is_first else None, force=False)
-
-
-class _Writer:
-    """Stands for the writer that a monitor in another process has, whose file gets its head again as it arrives."""
-
-    def __reduce__(self) -> Any:
-        return _writer_of_this_process, ()
-
-
-def _writer_of_this_process() -> ResultsWriter | None:
-    """The writer of the environment that the loop of a `SubprocVecEnv`, which reads this, runs."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        env = frame.f_locals.get("env")
-        if isinstance(env, gym.Env):
-            for holder in _wrapped_monitors(env):
-                if holder.results_writer is not None:
-                    _write_head(holder, holder.results_writer)
-                return holder.results_writer
-        frame = frame.f_back
-    return None
-
-
-def _monitors(env: VecEnv) -> Iterator[Any]:
-    for layer in _layers(env):
-        if isinstance(layer, VecMonitor):
-            yield layer
-        for each in getattr(layer, "envs", []):
-            yield from _wrapped_monitors(each)
-
-
-def _wrapped_monitors(env: Any) -> Iterator[Monitor]:
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, Monitor):
-            yield env
-        env = env.env
-
-
-def _write_head(holder: Any, writer: ResultsWriter) -> None:
-    """Write the first two lines of a file again if it has no other and another process has overwritten them."""
-    file = writer.file_handler
-    if file is None or file.closed or "a" in file.mode:
-        return
-    with open(file.name) as found:
-        lines = found.read().splitlines()
-    if len(lines) > 2 or file.tell() > 1000:
-        return
-    spec = getattr(holder, "spec", None)
-    text = f'#{{"t_start": {holder.t_start}, "env_id": "{spec.id if spec is not None else None}"}}\n'
-    if lines and f"{lines[0]}\n" == text:
-        return
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    writer.logger.writeheader()
-    file.flush()
-
-
-# Callbacks.
-
-
-def main_only(callback: MaybeCallback) -> BaseCallback:
-    """Let a callback run on the first worker only; what it decides holds for all.
-
-    As SB3's own do that evaluate, save, show progress or stop. In a single process nothing changes.
-
-    Args:
-        callback: A callback, a list of them or a function.
-    """
-    return _marked(callback, False)
-
-
-def every_rank(callback: MaybeCallback) -> BaseCallback:
-    """Let a callback run on every worker, each with its own environments; where one of them stops, all stop.
-
-    As callbacks of one's own do anyway. In a single process nothing changes.
-
-    Args:
-        callback: A callback, a list of them or a function.
-    """
-    return _marked(callback, True)
-
-
-def _marked(callback: MaybeCallback, everywhere: bool) -> BaseCallback:
-    if isinstance(callback, list):
-        callback = CallbackList(callback)
-    if not isinstance(callback, BaseCallback):
-        callback = ConvertCallback(callback)
-    callback._runs_everywhere = everywhere  # type: ignore[attr-defined]
-    return callback
-
-
-def callback_of(callback: MaybeCallback, rank: int) -> BaseCallback:
-    """What of a callback runs on a worker."""
-    if isinstance(callback, list):
-        callback = CallbackList(callback)
-    if not isinstance(callback, BaseCallback):
-        return ConvertCallback(callback)
-    if type(callback) is CallbackList and not hasattr(callback, "_runs_everywhere"):
-        return CallbackList([callback_of(each, rank) for each in callback.callbacks])
-    return callback if rank == 0 or _runs_everywhere(callback) else ConvertCallback(None)
-
-
-def _runs_everywhere(callback: BaseCallback) -> bool:
-    """Whether a callback runs on every worker, as what it was marked, or what its class is a kind of, says."""
-    marked = getattr(callback, "_runs_everywhere", None)
-    if marked is not None:
-        return bool(marked)
-    if type(callback) is EveryNTimesteps:
-        return callback.callback is None or _runs_everywhere(callback.callback)
-    kinds = (kind for kind in type(callback).__mro__ if kind not in BASES)
-    return not any(kind.__module__.split(".")[0] in OF_THE_FIRST for kind in kinds)
-
-
-def callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """A callback and, if it is a list, those in it."""
-    yield callback
-    for each in callback.callbacks if isinstance(callback, CallbackList) else ():
-        yield from callbacks_in(each)
-
-
-class CountingCallback(CallbackList):
-    """Counts the steps of all workers, and then calls what is to run on this one.
-
-    Args:
-        callback: That.
-        workers: How many there are, each of which takes as many steps.
-    """
-
-    def __init__(self, callback: BaseCallback, workers: int) -> None:
-        super().__init__([callback])
-        self.counted = callback
-        self._others = workers - 1
-        self._bars = [each for each in callbacks_in(callback) if isinstance(each, ProgressBarCallback)]
-
-    def on_step(self) -> bool:
-        """See `BaseCallback.on_step`."""
-        steps, model = self._others * self.model.n_envs, self.model
-        model.num_timesteps += steps
-        model._session.others_steps += steps  # type: ignore[attr-defined]
-        goes_on = super().on_step()
-        for bar in self._bars:
-            bar.pbar.update(steps)
-        return goes_on

@@ -72,7 +72,7 @@ class TrustRegionExperimentManager(ExperimentManager):
         self._ours = packaged.exists()
         if config is None and self._ours:
             config = str(packaged)
-        self._rank, self._workers = workers() if self._ours else (0, 1)
+        self._rank, self._workers = initialize_workers() if self._ours else (0, 1)
         if self._workers > 1:
             if kwargs.get("seed") is not None:
                 kwargs["seed"] = of_the_first(kwargs["seed"])
@@ -181,16 +181,8 @@ class _WithCheckpoints:
             del callbacks[0]
 
 
-def workers() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started; 0 and 1 outside of it."""
-    if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 def of_the_first(value: Any) -> Any:
     """What the first of the processes that torchrun started has."""
-    initialize_workers()
     values = [value]
     dist.broadcast_object_list(values, group=dist.new_group(backend="gloo"))
     return values[0]

@@ -52,9 +52,9 @@ from sb3_trpo_ext import (
     main_only,
 )
 from sb3_trpo_ext.policy import problem
+from sb3_trpo_ext.rollout.worker_envs import merged
 from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
-from sb3_trpo_ext.training.parallel import merged
 
 RANKS = 3
 """With two, every sum is the same in either order."""

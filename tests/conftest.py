@@ -1,3 +1,6 @@
+import json
+from collections.abc import Callable
+
 import matplotlib
 import pytest
 import torch
@@ -13,3 +16,13 @@ settings.load_profile("quiet")
 def as_in_a_new_process() -> None:
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile leaves it switched off
+
+
+@pytest.fixture
+def record_property(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
+    """As pytest's, in plain Python: a NumPy number cannot travel between xdist's workers and ends the whole session."""
+
+    def record(name: str, value: object) -> None:
+        record_property(name, json.loads(json.dumps(value)))
+
+    return record

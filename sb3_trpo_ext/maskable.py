@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -78,6 +79,9 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
     ) -> bool:
         """Collect a rollout as MaskablePPO does, and refuse one that is not finite or allows no action somewhere."""
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
+
+    def _following_masks(self, env: VecEnv, use_masking: bool = True, *args: Any) -> Any:
+        return get_action_masks(env) if use_masking else None
 
     def _check_rollout(self, buffer: RolloutBuffer) -> None:
         super()._check_rollout(buffer)

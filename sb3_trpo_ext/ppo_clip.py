@@ -159,8 +159,9 @@ class PPOClip(FirstOrderAlgorithm):
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         assert callable(self.clip_range)  # since it was set up
         clip_range = self.clip_range(self._current_progress_remaining)  # beyond the end too, as in SB3's PPO
-        mean, clipped = part.reduction.mean, (ratio.detach() - 1).abs() > clip_range
-        return -mean(clipped_surrogate(ratio, advantages, clip_range)), mean(clipped.float())
+        mean, clipped = part.reduction.mean, ((ratio.detach() - 1).abs() > clip_range).float()
+        surrogate = part.over_actions(clipped_surrogate(ratio, advantages, clip_range))
+        return -mean(surrogate), mean(part.over_actions(clipped))
 
     def _loss_by_hand(self) -> Loss:
         assert callable(self.clip_range)

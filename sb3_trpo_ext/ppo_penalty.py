@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from sb3_trpo_ext.core.objectives import (
     importance_sampled_surrogate,
     searched_penalty,
 )
-from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
+from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
 from sb3_trpo_ext.training.base import UpdateRejectedError, plain
-from sb3_trpo_ext.training.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError, RecomputedComparison
+from sb3_trpo_ext.training.first_order import Ascent, FirstOrderAlgorithm, PolicyDivergedError
 from sb3_trpo_ext.training.minibatch_kernel import Loss, unclipped
 from sb3_trpo_ext.training.transaction import Attributes, Restorable
 
@@ -202,17 +201,14 @@ class PPOPenalty(FirstOrderAlgorithm):
     def _cures(self) -> str:
         return f"a larger `kl_coef`, {super()._cures()}"
 
-    def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
-        assert isinstance(comparison, Comparison)  # see loss_needs_old_z
-        return replace(batch, old_z=comparison.old_z)
-
     def _policy_loss(self, part: Batch, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         output = PolicyOutput.after_evaluation(self.policy, part)
         assert part.old_z is not None  # see _prepared
         mean = part.reduction.mean
         divergence = mean(output.family.kl(part.old_z, output.z))
         penalty = self.kl_coef * divergence if self.kl_coef else torch.zeros_like(divergence)  # it may be infinite
-        return penalty - mean(importance_sampled_surrogate(ratio, advantages)), penalty.detach()
+        surrogate = part.over_actions(importance_sampled_surrogate(ratio, advantages))
+        return penalty - mean(surrogate), penalty.detach()
 
     def _loss_by_hand(self) -> Loss:
         return Loss(unclipped, kl_weight=self.kl_coef)

@@ -343,7 +343,13 @@ class TRPO(NaturalGradientAlgorithm):
     def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
         past = [
-            rollout.seen_by(self.policy, discount=self.gamma, trace_decay=self.gae_lambda, chunk_size=chunk_size)
+            rollout.seen_by(
+                self.policy,
+                discount=self.gamma,
+                trace_decay=self.gae_lambda,
+                chunk_size=chunk_size,
+                bootstrap=self.bootstrap,
+            )
             for rollout in self._newest(self._past_rollouts)
         ]
         return joined([batch, *past])
@@ -353,7 +359,8 @@ class TRPO(NaturalGradientAlgorithm):
         self._theta_left = self._theta() if self.momentum or self.sample_reuse > 1 else None
         if self.sample_reuse > 1:
             assert self._last_episode_starts is not None  # since the rollout
-            newest = PastRollout.of(self.rollout_buffer, batch, self._last_obs, self._last_episode_starts)
+            following = self._last_obs, self._last_episode_starts, self._masks_after
+            newest = PastRollout.of(self.rollout_buffer, batch, *following)
             self._past_rollouts = (*self._past_rollouts, newest)
         self._past_rollouts = self._newest(self._past_rollouts)
 

@@ -5,7 +5,14 @@ from torch import Tensor
 
 
 def trace_advantages(
-    rewards: Tensor, values: Tensor, continues: Tensor, ratios: Tensor, *, discount: float, trace_decay: float
+    rewards: Tensor,
+    values: Tensor,
+    continues: Tensor,
+    ratios: Tensor,
+    *,
+    discount: float,
+    trace_decay: float,
+    bootstraps: Tensor | None = None,
 ) -> Tensor:
     """Advantages of π from trajectories of μ: generalised advantage estimation with truncated importance weights.
 
@@ -14,6 +21,10 @@ def trace_advantages(
     https://arxiv.org/abs/1802.01561) for an advantage, as Queeney et al. (2022, https://arxiv.org/abs/2206.13714) use
     them. Where π = μ it is the GAE(γ, λ) of Schulman et al. (2016).
 
+    With other estimates B of what follows, such as max_a Q(s,a), it is G_t - V(s_t) of the return
+    G_t = r_t + γ ((1 - c) B(s_{t+1}) + c G_{t+1}), c being c_{t+1}: for B = max_a Q(s,a) and π = μ the λ-return of
+    Peng and Williams (1996, "Incremental multi-step Q-learning"), and for λ = 0 the advantage r + γB(s') - V(s).
+
     Args:
         rewards: r, ``(T, E)``.
         values: V, ``(T + 1, E)``: of the states, and of what follows the last.
@@ -21,17 +32,19 @@ def trace_advantages(
         ratios: π(a|s)/μ(a|s), ``(T, E)``.
         discount: γ.
         trace_decay: λ.
+        bootstraps: B, ``(T + 1, E)``; None for V.
 
     Returns:
         A, ``(T, E)``.
     """
-    deltas = rewards + discount * continues * values[1:] - values[:-1]
+    bootstraps = values if bootstraps is None else bootstraps
+    deltas = rewards + discount * continues * bootstraps[1:] - values[:-1]
     traces = trace_decay * ratios.clamp(max=1.0)
     advantages = torch.empty_like(deltas)
     ahead = torch.zeros_like(deltas[0])  # what follows the last step is unknown
     for t in reversed(range(len(deltas))):
         advantages[t] = deltas[t] + discount * continues[t] * ahead
-        ahead = traces[t] * advantages[t]
+        ahead = traces[t] * (advantages[t] + (values[t] - bootstraps[t]))
     return advantages
 
 

@@ -8,18 +8,30 @@ def importance_sampled_surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
     """r·Â with r = π_θ(a|s)/π_old(a|s); its mean is L(θ), Schulman et al. (2015), equation 14.
 
     Args:
-        ratio: r, shape ``(N,)``.
-        advantages: Â, shape ``(N,)``.
+        ratio: r, shape ``(N,)``, or ``(N, K)`` of all actions.
+        advantages: Â, of the same shape.
     """
     return ratio * advantages
+
+
+def expected_surrogate(probabilities: Tensor, advantages: Tensor) -> Tensor:
+    """Σ_a π_θ(a|s) A(s,a), exact over actions; its mean is the L(θ) before importance sampling.
+
+    Schulman et al. (2015), equation 9, whose sum over states is the mean over those of a rollout.
+
+    Args:
+        probabilities: π_θ(·|s), shape ``(N, K)``.
+        advantages: A(s,·), shape ``(N, K)``.
+    """
+    return (probabilities * advantages).sum(dim=1)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """min(r·Â, clip(r, 1-ε, 1+ε)·Â), Schulman et al. (2017), equation 7.
 
     Args:
-        ratio: r, shape ``(N,)``.
-        advantages: Â, shape ``(N,)``.
+        ratio: r, shape ``(N,)``, or ``(N, K)`` of all actions.
+        advantages: Â, of the same shape.
         clip_range: ε > 0.
     """
     return torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))

@@ -7,8 +7,13 @@ from typing import Any
 from sb3_trpo_ext.critic.adam import AdamCritic
 from sb3_trpo_ext.critic.base import Critic
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
+from sb3_trpo_ext.critic.semi_gradient import SemiGradientCritic
 
-_CRITICS: dict[str, type[Critic]] = {"gauss_newton": GaussNewtonCritic, "adam": AdamCritic}
+_CRITICS: dict[str, type[Critic]] = {
+    "gauss_newton": GaussNewtonCritic,
+    "adam": AdamCritic,
+    "semi_gradient": SemiGradientCritic,
+}
 
 
 def register_critic(name: str, critic_class: type[Critic]) -> None:
@@ -34,7 +39,7 @@ def make_critic(critic: str | type[Critic], kwargs: dict[str, Any]) -> Critic:
     """
     kind = _CRITICS.get(critic) if isinstance(critic, str) else critic
     if not (isinstance(kind, type) and issubclass(kind, Critic)):
-        names = ", ".join(map(repr, ("auto", *_CRITICS)))
+        names = ", ".join(map(repr, ("auto", "action_value", *_CRITICS)))
         raise ValueError(f"`critic` must be one of {names}, or a subclass of sb3_trpo_ext.Critic, got {critic!r}.")
     try:
         return kind(**kwargs)

@@ -17,8 +17,10 @@ from sb3_trpo_ext.core.curvature import Jacobian, Linearization
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
+from sb3_trpo_ext.rollout.action_values import Bootstrap
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.known_classes import owner_of
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout
 
 KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 """Policies whose V goes from the critic's features through its MLP."""
@@ -26,7 +28,7 @@ KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 
 @dataclass(frozen=True)
 class Regression:
-    """What a critic is asked to do: fit V(s) to the returns R of one rollout.
+    """What a critic is asked to do: fit V(s), or Q(s,a) of the actions taken, to the returns R of one rollout.
 
     Attributes:
         policy: The policy; ``policy.optimizer`` has the learning rate in force.
@@ -38,6 +40,10 @@ class Regression:
         chunk_size: Most samples in one forward pass; None for all at once.
         minibatches_are_parts: Whether they are cut from what they are given; a buffer of the user's deals out its own.
         plain: What stands for a policy of plain layers; None for another, or to ask the policy itself.
+        trajectories: The rollout with its rewards and what followed it, in the order of the batch; None where the order
+            is not known.
+        discount: γ.
+        bootstrap: What is expected to follow a state: ``"expected"``, V(s), or ``"max"``, max_a Q(s,a).
     """
 
     policy: ActorCriticPolicy
@@ -49,6 +55,9 @@ class Regression:
     chunk_size: int | None = None
     minibatches_are_parts: bool = True
     plain: PlainPolicy | None = None
+    trajectories: PastRollout | None = None
+    discount: float = 1.0
+    bootstrap: Bootstrap = "expected"
 
 
 class Critic(ABC):

@@ -14,10 +14,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Linearization, Metric
-from sb3_trpo_ext.core.objectives import importance_sampled_surrogate
+from sb3_trpo_ext.core.objectives import expected_surrogate, importance_sampled_surrogate
 from sb3_trpo_ext.core.parameters import flatten, gradient, trainable
 from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
+from sb3_trpo_ext.rollout.action_values import probabilities_of
 from sb3_trpo_ext.rollout.batch import Batch, fits
 from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES, owner_of
 
@@ -33,7 +34,7 @@ class PolicyEvaluation:
     """The policy on the whole batch, compared with π_old.
 
     Attributes:
-        objective: L(θ) = E[r·Â] + ent_coef · H.
+        objective: L(θ) = E[r·Â] + ent_coef · H, or E_s[Σ_a π_θ(a|s) A(s,a)] + ent_coef · H.
         divergence: Mean joint KL(π_old‖π_θ), the D of the trust region.
         kl_max: Largest joint KL(π_old‖π_θ) of a state in the batch.
         entropy: H, mean entropy of the policy (estimated from samples where it has no closed form).
@@ -100,7 +101,7 @@ class Comparison:
     """The policy as it changes, compared on a batch with π_old, what it was when the comparison was made.
 
     L(θ) = E[π_θ(a|s)/π_old(a|s) · Â] + ent_coef · E[H(π_θ(·|s))] and D(θ) = E[KL(π_old(·|s)‖π_θ(·|s))], over a batch
-    that is visited in chunks.
+    that is visited in chunks. Where it has the advantages of all actions, L(θ) = E_s[Σ_a π_θ(a|s) A(s,a)] + ...
 
     Args:
         policy: The policy at θ_old.
@@ -160,7 +161,8 @@ class Comparison:
     ) -> tuple[list[Tensor], PolicyEvaluation]:
         """Totals of gradients and the evaluation at θ_old, and `max_advantage`, in one exchange."""
         reduction = self.batch.reduction
-        advantage = reduction.largest_share(self.batch.advantages.abs())
+        every = self.batch.action_advantages
+        advantage = reduction.largest_share((self.batch.advantages if every is None else every.flatten()).abs())
         columns = torch.stack(shares)
         largest = torch.stack([reduction.largest_share(columns[:, 3]), advantage.to(columns)])
         totals, sums, largest = reduction.totals(gradients, columns[:, :3].sum(dim=0), largest)
@@ -196,13 +198,20 @@ class Comparison:
 
     def _terms(self, chunk: Batch, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """A chunk's shares of L and of the entropy."""
+        if chunk.action_advantages is not None:
+            values = expected_surrogate(probabilities_of(distribution), chunk.action_advantages)
+            return self._with_bonus(chunk, values, distribution.entropy())
         log_prob = chunk.unpadded(distribution.log_prob(chunk.padded(chunk.actions)))
         ratio = torch.exp(log_prob - chunk.old_log_prob)
         closed_form = distribution.entropy()
         # Without one (squashed actions), E_old[-r log π] has the entropy's gradient; SB3's E_old[-log π] has gradient
         # zero in expectation. 0 log 0 = 0.
         entropy = -ratio * torch.where(ratio > 0, log_prob, 0.0) if closed_form is None else chunk.unpadded(closed_form)
-        surrogate, bonus = chunk.mean(importance_sampled_surrogate(ratio, chunk.advantages)), chunk.mean(entropy)
+        return self._with_bonus(chunk, importance_sampled_surrogate(ratio, chunk.advantages), entropy)
+
+    def _with_bonus(self, chunk: Batch, values: Tensor, entropy: Any) -> tuple[Tensor, Tensor]:
+        """Shares of L and of the entropy, from one number a sample each."""
+        surrogate, bonus = chunk.mean(values), chunk.mean(entropy)
         return (surrogate + self._ent_coef * bonus if self._ent_coef else surrogate), bonus
 
 

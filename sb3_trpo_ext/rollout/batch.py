@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
+from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Batch:
             that of one of several workers.
         action_masks: Which actions were allowed, as sb3-contrib's maskable policies take them, ``(N, K)``; or None.
         old_z: The coordinates of π_old, ``(N, K)``, where an algorithm needs them; or None.
+        action_advantages: A(s,·) of all K actions, ``(N, K)``, where the surrogate is the sum over them; or None.
         reduction: How what samples say becomes a number; see `core.reduction`.
     """
 
@@ -44,6 +46,7 @@ class Batch:
     weights: Tensor
     action_masks: Tensor | None = None
     old_z: Tensor | None = None
+    action_advantages: Tensor | None = None
     reduction: Reduction = ALONE
 
     is_drawn_evenly: ClassVar[bool] = True
@@ -153,19 +156,37 @@ class Batch:
 
         SB3 keeps one object for it: it holds until the policy's next forward pass.
         """
-        if self.action_masks is None:
-            return policy.get_distribution(self.inputs)
-        return policy.get_distribution(self.inputs, action_masks=self.action_masks)
+        return policy.get_distribution(self.inputs, **self._masks)
 
     def values(self, policy: ActorCriticPolicy) -> Tensor:
-        """V(s), ``(N,)``."""
+        """What the critic says of the samples: V(s), or Q(s,a) where it has a value for each action, ``(N,)``."""
+        if isinstance(policy, ActionValues):
+            return of_taken(policy.action_values(self.inputs), self.actions)
         return policy.predict_values(self.inputs).flatten()
 
     def evaluate_actions(self, policy: ActorCriticPolicy) -> tuple[Tensor, Tensor, Tensor | None]:
         """V(s), log π(a|s) and, if it has a closed form, the entropy of π(·|s), ``(N,)`` each, in one forward pass."""
-        masks = {} if self.action_masks is None else {"action_masks": self.action_masks}
-        values, log_prob, entropy = policy.evaluate_actions(self.inputs, self.actions, **masks)
+        values, log_prob, entropy = policy.evaluate_actions(self.inputs, self.actions, **self._masks)
         return values.flatten(), log_prob, entropy
+
+    def evaluate_action_values(self, policy: ActionValues) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Q(s,·), ``(N, K)``, in place of V(s)."""
+        return policy.evaluate_action_values(self.inputs, self.actions, **self._masks)
+
+    @property
+    def _masks(self) -> dict[str, Tensor]:
+        """The masks, by the name that policies have for them."""
+        return {} if self.action_masks is None else {"action_masks": self.action_masks}
+
+    def over_actions(self, values: Tensor) -> Tensor:
+        """Σ_a π_old(a|s) x(s,a), for categorical actions and a batch that has `old_z`: ``(N, K)`` -> ``(N,)``.
+
+        What there is of the actions taken alone, ``(N,)``, stays as it is.
+        """
+        if values.dim() == 1:
+            return values
+        assert self.old_z is not None  # which is log π_old
+        return (self.old_z.exp() * values).sum(dim=1)
 
     def padded(self, rows: Tensor) -> Tensor:
         """Samples -> the rows that the policy is given; there is nothing to pad here."""

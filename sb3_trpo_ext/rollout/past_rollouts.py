@@ -11,8 +11,10 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
+from torch import Tensor
 
 from sb3_trpo_ext.core.advantages import trace_advantages
+from sb3_trpo_ext.rollout.action_values import Bootstrap, following_values
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import by_time
 
@@ -26,28 +28,48 @@ class PastRollout:
         rewards: ``(T, E)``, with the value that SB3 adds where an episode was cut off.
         starts: Whether an episode begins with a step, ``(T + 1, E)``: the last row is about the step that follows.
         following: Observations after the last step, as the environments gave them.
+        following_masks: Which actions are allowed there, ``(E, K)``; None for all, or where nobody asked.
     """
 
     batch: Batch
     rewards: np.ndarray
     starts: np.ndarray
     following: Any
+    following_masks: Any = None
 
     @classmethod
-    def of(cls, buffer: RolloutBuffer, batch: Batch, following: Any, starts: np.ndarray) -> PastRollout:
+    def of(
+        cls, buffer: RolloutBuffer, batch: Batch, following: Any, starts: np.ndarray, following_masks: Any = None
+    ) -> PastRollout:
         """What a full buffer holds, with the observations and episode starts that follow it."""
-        begins = by_time(buffer, buffer.episode_starts)
-        return cls(batch, by_time(buffer, buffer.rewards), np.concatenate([begins, starts[None]]), following)
+        begins, rewards = by_time(buffer, buffer.episode_starts), by_time(buffer, buffer.rewards)
+        return cls(batch, rewards, np.concatenate([begins, starts[None]]), following, following_masks)
+
+    @torch.no_grad()
+    def values_after(self, policy: ActorCriticPolicy, bootstrap: Bootstrap = "expected") -> Tensor:
+        """What is expected to follow the last step, ``(E,)``."""
+        observations = obs_as_tensor(self.following, policy.device)
+        return following_values(policy, observations, self.following_masks, bootstrap)
 
     @torch.no_grad()
     def seen_by(
-        self, policy: ActorCriticPolicy, *, discount: float, trace_decay: float, chunk_size: int | None
+        self,
+        policy: ActorCriticPolicy,
+        *,
+        discount: float,
+        trace_decay: float,
+        chunk_size: int | None,
+        bootstrap: Bootstrap = "expected",
     ) -> Batch:
         """Its samples with the advantages that they have for the policy as it is now."""
-        parts = [part.evaluate_actions(policy)[:2] for part in self.batch.split(chunk_size)]
+        chunks = self.batch.split(chunk_size)
+        parts = [part.evaluate_actions(policy)[:2] for part in chunks]
         values, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
-        last = policy.predict_values(obs_as_tensor(self.following, policy.device)).flatten()
-        shape = self.rewards.shape
+        last, shape = self.values_after(policy, bootstrap), self.rewards.shape
+        bootstraps = None
+        if bootstrap != "expected":
+            expected = [bootstrap_values(policy, part, bootstrap) for part in chunks]
+            bootstraps = torch.cat([*expected, last]).view(shape[0] + 1, shape[1])
         advantages = trace_advantages(
             torch.as_tensor(self.rewards).to(values),
             torch.cat([values, last]).view(shape[0] + 1, shape[1]),
@@ -55,8 +77,15 @@ class PastRollout:
             torch.exp(log_prob - self.batch.old_log_prob).view(shape),
             discount=discount,
             trace_decay=trace_decay,
+            bootstraps=bootstraps,
         )
         return replace(self.batch, advantages=advantages.flatten())
+
+
+@torch.no_grad()
+def bootstrap_values(policy: ActorCriticPolicy, batch: Batch, bootstrap: Bootstrap) -> Tensor:
+    """`following_values` of the states of a batch, ``(N,)``."""
+    return following_values(policy, batch.inputs, batch.action_masks, bootstrap)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

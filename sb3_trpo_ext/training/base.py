@@ -41,8 +41,8 @@ from sb3_trpo_ext.rollout.fast_kinds import fast_rollout
 from sb3_trpo_ext.rollout.finite import check_observation, check_policy, check_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.rollout.known_classes import looks
+from sb3_trpo_ext.training.action_values import ActionValueAlgorithm
 from sb3_trpo_ext.training.arguments import check_spaces, check_trainable
-from sb3_trpo_ext.training.checkpoint import ResumableAlgorithm
 from sb3_trpo_ext.training.transaction import (
     Atomic,
     Attributes,
@@ -52,7 +52,7 @@ from sb3_trpo_ext.training.transaction import (
     StateCheckpoint,
 )
 
-OURS = {"fast_rollouts", "fast_updates", "distributed"}
+OURS = {"fast_rollouts", "fast_updates", "distributed", "bootstrap", "surrogate"}
 
 PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, *OURS} - {
     "monitor_wrapper",
@@ -87,7 +87,7 @@ class UpdateRejectedError(Exception):
     """Undo the update and go on with the next rollout; the message is the reason in words."""
 
 
-class TrustRegionAlgorithm(ResumableAlgorithm):
+class TrustRegionAlgorithm(ActionValueAlgorithm):
     """Template of the family: collect a rollout, check it, update as one transaction, log.
 
     A subclass implements `_update`. Whatever happens inside it, an exception or KeyboardInterrupt included, policy
@@ -140,6 +140,7 @@ class TrustRegionAlgorithm(ResumableAlgorithm):
     def _setup_model(self) -> None:
         """Check the arguments, then build; `load` comes through here too."""
         self._join_workers()
+        self._choose_policy_class()
         self._check_arguments()
         self._checked_size = self._rollout_size()
         self.learning_rate = plain(self.learning_rate)
@@ -153,6 +154,7 @@ class TrustRegionAlgorithm(ResumableAlgorithm):
             raise ValueError(f"`fast_rollouts` must be True, False or 'exact', got {self.fast_rollouts!r}.")
         if self.fast_updates not in (True, False):
             raise ValueError(f"`fast_updates` must be True or False, got {self.fast_updates!r}.")
+        self._check_action_values()
         check_integer("n_steps", self.n_steps)
         check_schedule("learning_rate", self.learning_rate)
         check_finite("ent_coef", self.ent_coef)
@@ -311,7 +313,8 @@ class TrustRegionAlgorithm(ResumableAlgorithm):
         if path != self.rollout_path and self.verbose >= 1:
             print(f"Rollouts: {path}")
         self.rollout_path = path
-        with cheap_copies(env) if self.fast_rollouts and not looks(callback) else nullcontext():
+        quick_copies = cheap_copies(env) if self.fast_rollouts and not looks(callback) else nullcontext()
+        with quick_copies, self._own_estimates(env, rollout_buffer, *args):
             if fast is not None:
                 return fast.collect(callback)
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, *args)
@@ -513,7 +516,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def timed(record: dict[str, float], key: str) -> Iterator[None]:
-    """Store the seconds that a block takes."""
+    """Add the seconds that a block takes."""
     start = time.perf_counter()
     yield
-    record[key] = time.perf_counter() - start
+    record[key] = record.get(key, 0.0) + time.perf_counter() - start

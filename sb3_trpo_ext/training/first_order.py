@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
+from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
+from sb3_trpo_ext.training.action_values import advantages_of_all
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
 from sb3_trpo_ext.training.minibatch_kernel import Loss, Minibatch, MinibatchSteps
@@ -202,10 +204,12 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         clip_range_vf: float | Schedule | None,
         normalize_advantage: bool,
         max_kl: float | None = None,
+        critic: Literal["value", "action_value"] = "value",
         **kwargs: Any,
     ) -> None:
         self._refuse(kwargs)
         super().__init__(policy, env, **kwargs)
+        self.critic = critic
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range_vf = clip_range_vf
@@ -219,6 +223,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
+        if self.critic not in ("value", "action_value"):
+            raise ValueError(f"`critic` must be 'value' or 'action_value', got {self.critic!r}.")
         if self.normalize_advantage and self.batch_size <= 1:
             raise AssertionError(
                 f"`batch_size` must be greater than 1 to normalise advantages, got {self.batch_size}. Raise it or pass "
@@ -296,7 +302,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         with timed(record, "time/policy_s"):
             rollout = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
             batch = without_noise(rollout, self.rollout_buffer)
-            if not has_signal(batch):
+            if self.surrogate == "sampled" and not has_signal(batch):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             comparison = self._comparison(batch)
             ascent = self._epochs(comparison, self._prepared(batch, comparison))
@@ -325,14 +331,25 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             affordable = affordable_samples(self.policy, coordinates, batch)
             old_z_bytes = len(batch) * coordinates(batch[:1]).nbytes
         chunk_size = max(self.batch_size, min(KL_CHUNK_SIZE, affordable * KL_CHUNK_BYTES * GRAPHS // MEMORY_BUDGET))
-        if old_z_bytes > OLD_Z_BYTES and not self.loss_needs_old_z:
+        if old_z_bytes > OLD_Z_BYTES and not self._needs_old_z():
             return RecomputedComparison(self.policy, batch, chunk_size)
         with consistent_evaluation(self.policy):
             return Comparison(self._plain_policy or self.policy, batch, chunk_size=chunk_size)
 
     def _prepared(self, batch: Batch, comparison: Comparison | RecomputedComparison) -> Batch:
-        """The batch with what the policy loss needs to know of π_old."""
+        """The batch with what the losses need to know of π_old and its critic."""
+        if self._needs_old_z():
+            assert isinstance(comparison, Comparison)
+            batch = replace(batch, old_z=comparison.old_z)
+        if self.has_action_values and self.clip_range_vf is not None:  # what is clipped is Q(s,a)
+            with torch.no_grad():
+                old = [part.values(self.policy) for part in batch.split(self.batch_size)]
+            batch = replace(batch, old_values=torch.cat(old))
         return batch
+
+    def _needs_old_z(self) -> bool:
+        """Whether the policy loss needs the coordinates of π_old."""
+        return self.loss_needs_old_z or self.surrogate == "expected"
 
     def _log_entries(self, evaluation: PolicyEvaluation) -> dict[str, float]:
         """What to log of the policy that an update leaves."""
@@ -465,14 +482,22 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         ``approx_kl`` is the sampled KL estimate, the mean of (r - 1) - log r.
         """
         mean = part.reduction.mean
-        values, log_prob, entropy = part.evaluate_actions(self.policy)
+        action_values = None
+        if isinstance(self.policy, ActionValues):
+            action_values, log_prob, entropy = part.evaluate_action_values(self.policy)
+            values = of_taken(action_values, part.actions)
+        else:
+            values, log_prob, entropy = part.evaluate_actions(self.policy)
 
-        advantages = part.advantages
-        if self.normalize_advantage and part.reduction.count(len(advantages)) > 1:
-            advantages = part.reduction.standardized(advantages)
         log_ratio = log_prob - part.old_log_prob
         ratio = torch.exp(log_ratio)
-        policy_loss, statistic = self._policy_loss(part, ratio, advantages)
+        if self.surrogate == "expected" and action_values is not None:
+            policy_loss, statistic = self._policy_loss(part, *self._of_all_actions(part, action_values.detach()))
+        else:
+            advantages = part.advantages
+            if self.normalize_advantage and part.reduction.count(len(advantages)) > 1:
+                advantages = part.reduction.standardized(advantages)
+            policy_loss, statistic = self._policy_loss(part, ratio, advantages)
         value_loss = mean((part.returns - self._clipped_values(values, part.old_values)).square())
         entropy_loss = -mean(-log_prob if entropy is None else entropy)
         # A bonus of weight zero changes no bit of the loss and its gradient, but costs a backward pass.
@@ -490,6 +515,20 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             "loss": (actor_loss + critic_loss).detach(),
         }
         return actor_loss, critic_loss, record
+
+    def _of_all_actions(self, part: Batch, action_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Ratios and advantages of all actions, ``(N, K)`` each, on a minibatch that the policy was just run on.
+
+        A(s,·) = Q(s,·) - Σ_a π_old(a|s) Q(s,a) is that of the critic as the epochs have left it; under π_old its mean
+        is zero, and E[Σ_a π_old A²] its variance.
+        """
+        assert part.old_z is not None  # see _prepared: log π_old
+        advantages = advantages_of_all(action_values, part.old_z.exp())
+        if self.normalize_advantage:
+            variance = part.reduction.total(part.reduction.mean(part.over_actions(advantages.square())))
+            advantages = advantages / (variance.sqrt() + 1e-8)
+        log_prob = PolicyOutput.after_evaluation(self.policy, part).z
+        return torch.exp(log_prob - part.old_z), advantages
 
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
-from sb3_trpo_ext.core.parameters import leave_gradients
+from sb3_trpo_ext.core.parameters import gradient, leave_gradients, trainable
 from sb3_trpo_ext.critic import make_critic
 from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
@@ -26,6 +27,7 @@ from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, wit
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
 from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
@@ -102,7 +104,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.n_critic_updates = n_critic_updates
 
     def _setup_model(self) -> None:
-        self._critic_arguments = self._critic_kind(), dict(self.critic_kwargs)
+        self._critic_arguments = self._fit_of_critic()
         self.value_critic = make_critic(*self._critic_arguments)
         vars(self).update(OF_PPO | vars(self))
         super()._setup_model()
@@ -112,7 +114,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _prepare_update(self) -> None:
         """Make another critic, with the state of the one before, where the arguments of it were changed."""
-        arguments = self._critic_kind(), dict(self.critic_kwargs)
+        arguments = self._fit_of_critic()
         if arguments != self._critic_arguments:
             critic, state = make_critic(*arguments), self.value_critic.state_dict()
             if state and type(critic) is type(self.value_critic):
@@ -149,11 +151,18 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
 
     def _critic_kind(self) -> str | type[Critic]:
-        """What ``critic="auto"`` stands for here, or ``critic`` itself."""
-        if self.critic != "auto":
-            return self.critic
-        tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
-        return "adam" if tuned else "gauss_newton"
+        """How the critic is fitted: what ``"auto"`` stands for here, or what is asked for."""
+        return self._fit_of_critic()[0]
+
+    def _fit_of_critic(self) -> tuple[str | type[Critic], dict[str, Any]]:
+        """How the critic is fitted, and the arguments of that; action values are fitted by what ``fit`` names."""
+        kind, kwargs = self.critic, dict(self.critic_kwargs)
+        if kind == "action_value":
+            kind = kwargs.pop("fit", "auto")
+        if kind == "auto":
+            tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
+            kind = "adam" if tuned else "gauss_newton"
+        return kind, kwargs
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
@@ -171,23 +180,38 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             with timed(record, "time/policy_s"):
                 batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
                 chunk_size = self._chunk_size(batch)
+            if self.surrogate == "expected":  # which is made of what the critic has learnt of the rollout
+                self._fit_critic(record, self._regression(batch, self._actor(batch), chunk_size))
+            with timed(record, "time/policy_s"):
                 problem = self._problem(batch, chunk_size)
                 step = self._policy_step_or_none(problem)
                 leave_gradients(self.policy, problem.gradients)
-            with timed(record, "time/critic_s"):  # Adam leaves the critic's gradients beside them
-                regression = self._regression(batch, frozenset(problem.gradients), chunk_size)
                 record |= self._log_entries(problem, step)
+                actor = frozenset(problem.gradients)
                 del problem  # with what it keeps of π_old
-                record["train/value_loss"] = self.value_critic.fit(regression)
+            if self.surrogate == "sampled":  # Adam leaves the critic's gradients beside the actor's
+                self._fit_critic(record, self._regression(batch, actor, chunk_size))
         self._keep(batch)
         self._n_updates += 1
         return Outcome(record, step.reason)
 
+    def _fit_critic(self, record: dict[str, float], regression: Regression) -> None:
+        with timed(record, "time/critic_s"):
+            record["train/value_loss"] = self.value_critic.fit(regression)
+
+    def _actor(self, batch: Batch) -> frozenset[Any]:
+        """The parameters that the policy's output reaches."""
+        with torch.enable_grad():
+            return frozenset(gradient([PolicyOutput.of(self.policy, batch[:1]).z.sum()], trainable(self.policy)))
+
     def _problem(self, batch: Batch, chunk_size: int | None = None) -> PolicyProblem:
         """What the policy step is to solve on a rollout."""
-        seen = without_noise(self._policy_samples(batch, chunk_size), self.rollout_buffer)
-        if self.normalize_advantage:
-            seen = seen.with_normalized_advantages()
+        seen = self._policy_samples(batch, chunk_size)
+        if self.surrogate == "expected":
+            seen = self._with_action_advantages(seen, chunk_size, standardize=self.normalize_advantage)
+        else:
+            seen = without_noise(seen, self.rollout_buffer)
+            seen = seen.with_normalized_advantages() if self.normalize_advantage else seen
         return PolicyProblem(
             self._plain_policy or self.policy,
             seen,
@@ -269,7 +293,17 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             chunk_size=chunk_size,
             minibatches_are_parts=type(self.rollout_buffer) in VIEWED_BUFFERS,
             plain=self._plain_policy,
+            trajectories=self._trajectories(batch),
+            discount=self.gamma,
+            bootstrap=self.bootstrap,
         )
+
+    def _trajectories(self, batch: Batch) -> PastRollout | None:
+        """The rollout in the order of time, where the buffer has kept that."""
+        if type(self.rollout_buffer) not in VIEWED_BUFFERS or self._last_episode_starts is None:
+            return None
+        following = self._last_obs, self._last_episode_starts, self._masks_after
+        return PastRollout.of(self.rollout_buffer, batch, *following)
 
     def _must_compute_alike(self) -> bool:
         return type(self.value_critic) is not GaussNewtonCritic  # as for the policy: one gradient, one direction

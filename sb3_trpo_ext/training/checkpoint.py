@@ -59,6 +59,7 @@ ELSEWHERE = (
     "device",
     "reduction",
     "value_critic",
+    "_critic_arguments",
     "start_time",
     "_vec_normalize_env",
     "_logger",
@@ -71,7 +72,7 @@ ELSEWHERE = (
 )
 """Attributes of a model that are saved otherwise, or made anew."""
 
-MADE_OF_ARGUMENTS = ("policy_class", "lr_schedule", "n_envs", "_critic_arguments", "_checked_size")
+MADE_OF_ARGUMENTS = ("policy_class", "lr_schedule", "n_envs", "_checked_size")
 """Attributes of a model that its constructor makes of its arguments."""
 
 MAY_DIFFER = {

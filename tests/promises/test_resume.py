@@ -187,6 +187,8 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "growing": (TRPO, {"final_n_steps": 64, "target_kl": lambda p: 0.01 * p + 0.001}),
     "gsde": (TRPO, {"use_sde": True, "sde_sample_freq": 4, "env": "Pendulum-v1"}),
     "exact": (TRPO, {"fast_rollouts": "exact"}),
+    "action values": (TRPO, {"critic": "action_value", "bootstrap": "max", "surrogate": "expected"}),
+    "action values ppo": (PPOClip, {"critic": "action_value", "surrogate": "expected"}),
     "sb3's way": (PPOClip, {"fast_rollouts": False, "fast_updates": False}),
 }
 
@@ -220,6 +222,24 @@ class Look(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+class Retuned(BaseCallback):
+    """Changes how the critic is fitted, once."""
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps == 64:
+            self.model.critic_kwargs = {"cg_steps": 2}
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_arguments_that_were_changed_on_the_way_stay_changed(tmp_path: Path) -> None:
+    expected = all_of(uninterrupted(lambda: build(TRPO), Retuned()))
+    killed(lambda: build(TRPO), 150, tmp_path, Retuned())
+    model = resumed(lambda: build(TRPO), tmp_path, Retuned())
+    assert [name for name, value in all_of(model).items() if value != expected[name]] == []
 
 
 @pytest.mark.parametrize("arm", ["momentum", "recurrent", "normalized ppo"])

@@ -9,6 +9,7 @@ from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_des
 from sb3_trpo_ext.core.parameters import trainable
 from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
 from sb3_trpo_ext.policy.perceptron import Perceptron
+from sb3_trpo_ext.rollout.action_values import of_taken
 
 
 class AdamCritic(Critic):
@@ -58,9 +59,14 @@ def _losses_by_hand(regression: Regression, values: ValueFunction) -> list[Tenso
                     networks[rows] = Perceptron(plain.critic_modules, x, descent.parameters, descent.gradients)
                 network = networks[rows]
                 network.x.copy_(features)
-                error = network.forward()[:, 0] - part.returns
+                y = network.forward()
+                error = (of_taken(y, part.actions) if plain.has_action_values else y[:, 0]) - part.returns
                 losses.append(reduction.mean(error.square()))
-                torch.mul(error, 2.0 / reduction.count(rows), out=network.u[:, 0])
+                slope = error * (2.0 / reduction.count(rows))
+                if plain.has_action_values:
+                    network.u.zero_().scatter_(1, part.actions.view(-1, 1), slope.unsqueeze(1))
+                else:
+                    network.u[:, 0] = slope
                 network.pullback()
                 descent.gradient.copy_(reduction.total(descent.gradient))
                 descent.step()

@@ -17,7 +17,7 @@ from sb3_trpo_ext.core.curvature import Jacobian, Linearization
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
-from sb3_trpo_ext.rollout.action_values import Bootstrap
+from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, has_method_of, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.known_classes import owner_of
 from sb3_trpo_ext.rollout.past_rollouts import PastRollout
@@ -106,7 +106,7 @@ class ValueFunction:
 
     def __init__(self, regression: Regression, *, keep_features: bool = True, by_hand: bool = False) -> None:
         self._policy = policy = regression.policy
-        self._plain: Any = owner_of(policy, "predict_values", KNOWN_VALUES)
+        self._plain: Any = _plain_critic_of(policy)
         self.params = [param for param in trainable(policy) if param not in regression.frozen]
         self.batch = regression.batch
         self._fixed = keep_features and self._has_fixed_features(len(self.batch))
@@ -121,9 +121,10 @@ class ValueFunction:
         features = batch.inputs
         assert isinstance(features, Tensor)
         if self.by_hand is not None:
-            return self.by_hand.values(features)
-        values: Tensor = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
-        return values.flatten()
+            values = self.by_hand.values(features)
+        else:
+            values = self._plain.value_net(self._plain.mlp_extractor.forward_critic(features))
+        return of_taken(values, batch.actions) if isinstance(self._plain, ActionValues) else values.flatten()
 
     def gradient(self, terms: Iterable[Tensor]) -> dict[nn.Parameter, Tensor]:
         """Gradient of a sum of scalars, each of what was asked last when it is come by; see `parameters.gradient`."""
@@ -133,7 +134,7 @@ class ValueFunction:
         """∂V/∂θ on a part of `batch`."""
         features = batch.inputs
         if self.by_hand is not None and isinstance(features, Tensor):
-            return self.by_hand.critic_jacobian(features, params)
+            return self.by_hand.critic_jacobian(features, params, batch.actions)
         return Linearization(self(batch), params)
 
     def _has_fixed_features(self, size: int) -> bool:
@@ -152,6 +153,15 @@ class ValueFunction:
         return torch.cat(
             [extract(policy, part.inputs, policy.vf_features_extractor) for part in batch.split(chunk_size)]
         )
+
+
+def _plain_critic_of(policy: ActorCriticPolicy) -> Any:
+    """What has the modules of a critic of which `KNOWN_VALUES` holds, or None."""
+    found = owner_of(policy, "predict_values", KNOWN_VALUES)
+    if found is not None or not isinstance(policy, ActionValues):
+        return found
+    is_usual = any(has_method_of(type(policy), "predict_values", kind) for kind in KNOWN_VALUES)
+    return policy if is_usual and owner_of(policy, "action_values", [ActionValues]) is policy else None
 
 
 def has_state(critic: Critic) -> bool:

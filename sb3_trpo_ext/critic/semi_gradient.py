@@ -41,7 +41,7 @@ class SemiGradientCritic(Critic):
         parts = regression.batch.split(envs)
         rewards, starts = (torch.as_tensor(array).to(parts[0].weights) for array in (rollout.rewards, rollout.starts))
         (rate,) = {group["lr"] for group in regression.policy.optimizer.param_groups}
-        reduction, ages = regression.batch.reduction, torch.zeros_like(starts[0])
+        reduction, ages = regression.batch.reduction, torch.zeros_like(starts[0], dtype=torch.float64)
         for step, part in enumerate(parts):
             ages = torch.where(starts[step] > 0, 0.0, ages)
             following = (
@@ -52,7 +52,7 @@ class SemiGradientCritic(Critic):
             targets = rewards[step] + regression.discount * (1.0 - starts[step + 1]) * following
             predicted = values(part)
             error = (targets - predicted).detach()
-            scale = regression.discount**ages if self.discounted else torch.ones_like(ages)
+            scale = (regression.discount**ages if self.discounted else torch.ones_like(ages)).to(error)
             slopes = gradient([reduction.mean(scale * error * predicted)], values.params)
             totals = reduction.gradients(list(slopes.values()))
             with torch.no_grad():

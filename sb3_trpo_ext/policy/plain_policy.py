@@ -19,6 +19,7 @@ from sb3_trpo_ext.core.flat_optimizer import is_awaited, is_observed
 from sb3_trpo_ext.core.parameters import flatten, unflatten
 from sb3_trpo_ext.policy.distributions import OWN_FAMILIES, family_of
 from sb3_trpo_ext.policy.perceptron import Perceptron, parameters_of
+from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
 from sb3_trpo_ext.rollout.fast_policy import require_plain
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 
@@ -41,6 +42,7 @@ class PlainPolicy:
         log_std: log σ of a Gaussian; None for others.
         family: The geometry of its distribution, one of `policy.distributions`' own.
         n_features: F, what actor and critic see.
+        has_action_values: Whether the critic has a value for each action.
 
     Raises:
         NotCoveredError: If any part of the policy could compute otherwise than plain layers would, somebody may look at
@@ -56,6 +58,7 @@ class PlainPolicy:
         self._policy: Any = policy
         self._require_usual()
         self.family: Any = family_of(policy.action_dist)
+        self.has_action_values = isinstance(policy, ActionValues)
         self.n_features = int(policy.pi_features_extractor.features_dim)
         self.actor_modules = [policy.mlp_extractor.policy_net, policy.action_net]
         self.critic_modules = [policy.mlp_extractor.value_net, policy.value_net]
@@ -149,8 +152,9 @@ class PlainPolicy:
         return distribution
 
     def values(self, features: Tensor) -> Tensor:
-        """V(s) of features, ``(N,)``, likewise."""
-        return self._outputs(self._network("critic", features)).flatten()
+        """V(s) of features, ``(N,)``, or Q(s,·), ``(N, K)``, likewise."""
+        values = self._outputs(self._network("critic", features))
+        return values if self.has_action_values else values.flatten()
 
     def _outputs(self, network: Perceptron, *others: nn.Parameter | None) -> Tensor:
         """Outputs of a network, a leaf like the parameters beside it: no graph of ours holds the parameters."""
@@ -176,8 +180,10 @@ class PlainPolicy:
         """That of means and log σ, or of logits, at the parameters as they are; to be used in the present update."""
         return self._jacobian("actor", self.features(observations), params, log_std=self.log_std)
 
-    def critic_jacobian(self, features: Tensor, params: Sequence[nn.Parameter]) -> Jacobian:
-        """That of V, ``(N,)``, likewise."""
+    def critic_jacobian(self, features: Tensor, params: Sequence[nn.Parameter], actions: Tensor) -> Jacobian:
+        """That of V, or of Q(s,a) of the actions taken, ``(N,)``, likewise."""
+        if self.has_action_values:
+            return JacobianOfTaken(self._jacobian("critic", features, params), actions, self.family.sizes[0])
         return self._jacobian("critic", features, params, is_scalar=True)
 
     def _jacobian(self, name: str, x: Tensor, params: Sequence[nn.Parameter], **options: Any) -> Jacobian:
@@ -200,6 +206,28 @@ class PlainPolicy:
     def _new_network(self, name: str, x: Tensor) -> Perceptron:
         modules = self.actor_modules if name == "actor" else self.critic_modules
         return Perceptron(modules, torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+class JacobianOfTaken:
+    """The rows of a Jacobian of Q(s,·) that belong to the actions taken.
+
+    Args:
+        jacobian: That of all actions.
+        actions: Those taken, ``(N,)``.
+        n_actions: K.
+    """
+
+    def __init__(self, jacobian: Jacobian, actions: Tensor, n_actions: int) -> None:
+        self._jacobian, self._taken, self._n_actions = jacobian, actions.long().view(-1, 1), n_actions
+
+    def jvp(self, vector: Tensor) -> Tensor:
+        """J v: ``(P,)`` -> ``(N,)``."""
+        return of_taken(self._jacobian.jvp(vector), self._taken)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ w: ``(N,)`` -> ``(P,)``."""
+        of_all = cotangent.new_zeros(len(cotangent), self._n_actions)
+        return self._jacobian.vjp(of_all.scatter_(1, self._taken, cotangent.unsqueeze(1)))
 
 
 class PerceptronJacobian:

@@ -73,7 +73,7 @@ class ActionValues:
 
     def predict_values(self, obs: PyTorchObs, action_masks: Any = None) -> Tensor:
         """V(s) = Σ_a π(a|s) Q(s,a), over the allowed actions if masks are given, ``(N, 1)``."""
-        return _expectation(self.probabilities(obs, action_masks), self.action_values(obs))
+        return expectation(self.probabilities(obs, action_masks), self.action_values(obs))
 
     def greedy_values(self, obs: PyTorchObs, action_masks: Any = None) -> Tensor:
         """max_a Q(s,a), over the allowed actions if masks are given, ``(N, 1)``."""
@@ -102,7 +102,7 @@ class ActionValues:
 
     def _value_of(self, action_values: Tensor) -> Tensor:
         """V(s) of the states that the policy was run on last."""
-        return _expectation(probabilities_of(self.action_dist).detach(), action_values)
+        return expectation(probabilities_of(self.action_dist).detach(), action_values)
 
 
 def probabilities_of(distribution: Distribution) -> Tensor:
@@ -114,6 +114,21 @@ def probabilities_of(distribution: Distribution) -> Tensor:
 def of_taken(action_values: Tensor, actions: Tensor) -> Tensor:
     """Q(s,a) of the actions taken: ``(N, K)`` and ``(N,)`` -> ``(N,)``."""
     return action_values.gather(1, actions.long().view(-1, 1)).flatten()
+
+
+OF_ACTION_VALUES = ("action_values", "probabilities", "greedy_values", "evaluate_action_values", "_value_of")
+"""Methods that a policy of `ActionValues` has beyond those of SB3's."""
+
+
+def has_method_of(policy_class: type, name: str, known: type) -> bool:
+    """Whether a policy class has a method as a known class has it, be there `ActionValues` before it or not."""
+    if not issubclass(policy_class, ActionValues):
+        return getattr(policy_class, name, None) is getattr(known, name, None)
+    lines: Any = policy_class.__mro__
+    behind = lines[lines.index(ActionValues) + 1 :]
+    method = getattr(policy_class, name, None)
+    below = next((vars(kind)[name] for kind in behind if name in vars(kind)), None)
+    return method is vars(ActionValues).get(name, below) and below is getattr(known, name, None)
 
 
 def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks: Any, bootstrap: Bootstrap) -> Tensor:
@@ -134,8 +149,8 @@ def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks:
     return values.flatten()
 
 
-def _expectation(probabilities: Tensor, action_values: Tensor) -> Tensor:
-    # What is never done counts for nothing, be its value as it may.
+def expectation(probabilities: Tensor, action_values: Tensor) -> Tensor:
+    """Σ_a π(a|s) Q(s,a), ``(N, 1)``; what is never done counts for nothing, be its value as it may."""
     terms = torch.where(probabilities > 0, probabilities * action_values, 0.0)
     return terms.sum(dim=1, keepdim=True)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.shared_switch import SharedSwitch
 from sb3_trpo_ext.rollout.action_spaces import kind_of
-from sb3_trpo_ext.rollout.fast_policy import FastPolicy
+from sb3_trpo_ext.rollout.action_values import ActionValues
+from sb3_trpo_ext.rollout.fast_policy import FastActionValuePolicy, FastPolicy
 from sb3_trpo_ext.rollout.finite import check_actions
 from sb3_trpo_ext.rollout.forward import Array, NotCoveredError, aligned
 from sb3_trpo_ext.rollout.known_classes import is_idle, looks
@@ -115,7 +116,7 @@ class Pending:
             inputs, outputs = self.inputs[:count], self.outputs[:count].flatten(0, 1)
             actions = torch.from_numpy(np.concatenate(self.actions))
             masks = np.concatenate(self.masks) if self.masks else None
-            buffer.values[steps] = policy.values(inputs).numpy()
+            buffer.values[steps] = policy.values(inputs, outputs, masks).numpy()
             buffer.log_probs[steps] = policy.log_prob(outputs, actions, masks).numpy().reshape(count, -1)
         if self.timeouts:
             bootstrapped = gamma * policy.values(torch.stack([last for *_, last in self.timeouts]))
@@ -164,12 +165,12 @@ class FastRollout:
         space = model.action_space
         self._bounds = (space.low[None], space.high[None]) if kind_of(space).is_bounded else None
         self._reshaped = len(space.shape) != 1
-        note = getattr(model._update_info_buffer, "__func__", None)
-        self._notes_itself = note is not BaseAlgorithm._update_info_buffer
         self._policy: FastPolicy | None = self._fast_policy()
 
     def _fast_policy(self) -> FastPolicy:
-        return FastPolicy(self._model.policy, self._env.num_envs, exact=self._exact)
+        policy = self._model.policy
+        kind = FastActionValuePolicy if isinstance(policy, ActionValues) else FastPolicy
+        return kind(policy, self._env.num_envs, exact=self._exact)
 
     def collect(self, callback: BaseCallback) -> bool:
         """Fill the buffer; False if the callback stopped the rollout."""
@@ -178,6 +179,8 @@ class FastRollout:
 
     def _collect(self, callback: BaseCallback) -> bool:
         model, buffer = self._model, self._buffer
+        note = getattr(model._update_info_buffer, "__func__", None)
+        self._notes_itself = note is not BaseAlgorithm._update_info_buffer
         model.policy.set_training_mode(False)
         buffer.reset()
         names: dict[str, Any] = {
@@ -199,7 +202,10 @@ class FastRollout:
         names["n_steps"] = self._n_steps
         with torch.no_grad():
             values = self._last_values(obs_as_tensor(model._last_obs, model.device), names)
-        estimate_advantages(buffer, values.cpu().numpy().flatten(), names["dones"])
+        if "compute_returns_and_advantage" in vars(buffer):  # the model's own
+            buffer.compute_returns_and_advantage(values, names["dones"])
+        else:
+            estimate_advantages(buffer, values.cpu().numpy().flatten(), names["dones"])
         self._end(callback, names | {"values": values})
         callback.on_rollout_end()
         return True

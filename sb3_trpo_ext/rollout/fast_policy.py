@@ -26,6 +26,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from sb3_trpo_ext.rollout.action_values import OF_ACTION_VALUES, expectation, has_method_of, probabilities_of
 from sb3_trpo_ext.rollout.encoding import Encoder
 from sb3_trpo_ext.rollout.forward import Array, Mlp, NotCoveredError
 from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES
@@ -45,6 +46,7 @@ OVERRIDABLE = (
     "train",
     "__call__",
     "__getattr__",
+    *OF_ACTION_VALUES,
 )
 """Methods of a policy whose overriding could change how it acts or values."""
 
@@ -138,8 +140,14 @@ class FastPolicy:
         self._critic.step()
         return self._critic.output.clone()
 
-    def values(self, inputs: Tensor) -> Tensor:
-        """V of many steps, from what was in `critic_input`, ``(T, R, F')`` -> ``(T, R)``."""
+    def values(self, inputs: Tensor, outputs: Tensor | None = None, masks: Array | None = None) -> Tensor:
+        """V of many steps, from what was in `critic_input`, ``(T, R, F')`` -> ``(T, R)``.
+
+        Args:
+            inputs: That.
+            outputs: What the policy put out for it, ``(T · R, K)``; None to compute that where V needs it.
+            masks: Which actions were allowed, ``(T · R, K)``; None for all.
+        """
         return self._critic.block(inputs)[..., 0]
 
     def log_prob(self, outputs: Tensor, actions: Tensor, masks: Array | None = None) -> Tensor:
@@ -153,6 +161,33 @@ class FastPolicy:
             distribution.apply_masking(masks)
         log_prob: Tensor = distribution.log_prob(actions)
         return log_prob
+
+
+class FastActionValuePolicy(FastPolicy):
+    """The same for policies of `ActionValues`: V(s) = Σ_a π(a|s) Q(s,a)."""
+
+    def act(self, masks: Array | None = None) -> Array:
+        """See `FastPolicy.act`."""
+        self._masks = masks
+        return super().act(masks)
+
+    def value(self) -> Tensor:
+        """See `FastPolicy.value`."""
+        self._critic.step()
+        return self._expectation(self._critic.output, self.outputs, self._masks)
+
+    def values(self, inputs: Tensor, outputs: Tensor | None = None, masks: Array | None = None) -> Tensor:
+        """See `FastPolicy.values`."""
+        outputs = self._actor.block(inputs).flatten(0, 1) if outputs is None else outputs
+        action_values = self._critic.block(inputs).flatten(0, 1)
+        return self._expectation(action_values, outputs, masks).view(inputs.shape[:2])
+
+    def _expectation(self, action_values: Tensor, outputs: Tensor, masks: Array | None) -> Tensor:
+        distribution: Any = self._policy.action_dist
+        distribution.proba_distribution(action_logits=outputs.clone())
+        if masks is not None:
+            distribution.apply_masking(masks)
+        return expectation(probabilities_of(distribution), action_values)
 
 
 class FastRecurrentPolicy(FastPolicy):
@@ -314,9 +349,7 @@ def require_plain(policy: ActorCriticPolicy) -> Callable[[], bool]:
     known = next((kind for kind in KNOWN_POLICIES if isinstance(policy, kind)), None)
     if known is None:
         raise NotCoveredError(f"policy of class {type(policy).__name__}")
-    own = next(
-        (name for name in OVERRIDABLE if getattr(type(policy), name, None) is not getattr(known, name, None)), ""
-    )
+    own = next((name for name in OVERRIDABLE if not has_method_of(type(policy), name, known)), "")
     if own:
         raise NotCoveredError(f"{type(policy).__name__} has its own {own}")
     if type(policy.action_dist) not in DISTRIBUTIONS:

@@ -69,14 +69,13 @@ class ActionValueAlgorithm(ResumableAlgorithm):
 
     def _choose_policy_class(self) -> None:
         """Give the policy a value for each action, if that is asked for; `ValueError` where it can have none."""
-        has_action_values = issubclass(self.policy_class, ActionValues)
-        if self.critic == "action_value" or has_action_values:
+        if self.has_action_values:
             self.policy_class = with_action_values(self.policy_class, self.action_space)
 
     @property
     def has_action_values(self) -> bool:
         """Whether the critic has a value for each action."""
-        return issubclass(self.policy_class, ActionValues)
+        return self.critic == "action_value" or issubclass(self.policy_class, ActionValues)
 
     def _check_action_values(self) -> None:
         """Raise `ValueError` about arguments that say something of action values."""
@@ -183,7 +182,12 @@ class ActionValueAlgorithm(ResumableAlgorithm):
         return following_values(self.policy, observations, masks, self.bootstrap)
 
     def _mask_of(self, info: dict[str, Any]) -> Any:
-        """Which actions an episode's last state allows, where its environment says so as Gymnasium's do; or None."""
+        """Which actions an episode's last state allows, where its environment says so as Gymnasium's do; or None.
+
+        Nobody can ask for it: the environment is in its next episode already.
+        """
+        if self._masks_after is None:  # the policy takes every action
+            return None
         mask = np.asarray(info.get("action_mask", ()))
         allows = mask.shape == (int(self.action_space.n),) and bool(mask.any())  # type: ignore[attr-defined]
         return torch.as_tensor(mask).view(1, -1) if allows else None

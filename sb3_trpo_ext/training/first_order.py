@@ -266,6 +266,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
 
     def _require_fast_updates(self) -> PlainPolicy:
         plain = super()._require_fast_updates()
+        if plain.has_action_values:
+            raise NotCoveredError("a value for each action")
         known = next(kind for kind in type(self).__mro__ if "_loss_by_hand" in vars(kind))
         for name in BY_HAND:
             if getattr(getattr(self, name), "__func__", None) is not getattr(known, name):

@@ -35,6 +35,9 @@ from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
 
+ACTION_VALUE_FIT = {"damping": 1e-3, "cg_steps": 20, "n_iterations": 2, "curvature_samples": None}
+"""Where the Gauss-Newton critic fits Q: actions differ by little beside the value that they share."""
+
 OF_PPO = {"n_epochs": 10, "clip_range": 0.2, "clip_range_vf": None}
 """What RecurrentPPO and MaskablePPO, of whom subclasses may have their rollouts, need of a model to set it up."""
 
@@ -162,6 +165,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         if kind == "auto":
             tuned = any(getattr(self, name) != default for name, default in ADAM_DEFAULTS.items())
             kind = "adam" if tuned else "gauss_newton"
+        if self.has_action_values and kind == "gauss_newton":
+            kwargs = ACTION_VALUE_FIT | kwargs
         return kind, kwargs
 
     def trust_region_radius(self) -> float:

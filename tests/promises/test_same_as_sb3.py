@@ -314,6 +314,18 @@ def test_every_observation_space(observation: str, n_envs: int, fast: Any) -> No
 
 
 @FAST
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("bootstrap", ["expected", "max"])
+@pytest.mark.parametrize("observation", ["vector", "discrete", "dict"])
+@pytest.mark.parametrize("algorithm", [TRPO, MaskableTRPO])
+def test_action_values(algorithm: Any, observation: str, bootstrap: str, n_envs: int, fast: Any) -> None:
+    options = {"critic": "action_value", "bootstrap": bootstrap, "fast": fast}
+    space = OBSERVATIONS[observation], ACTION_SPACES["discrete"]
+    check_same(algorithm, *space, n_envs, **options)
+    check_same(algorithm, *space, n_envs, callbacks=(Observer(), Observer()), **options)
+
+
+@FAST
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_action_space(action: str, n_envs: int, fast: Any) -> None:

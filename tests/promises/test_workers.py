@@ -135,6 +135,8 @@ ALL = {"curvature_samples": None}
 SHORT = {"cg_max_steps": 2, "cg_residual_tol": 0.0, "critic_kwargs": {"cg_steps": 2}}
 """Conjugate gradients that leave rounding little time to grow, where it is that of float32."""
 FULL = {"batch_size": STEPS * RANKS, "n_epochs": 4}
+EXPECTED = {"critic": "action_value", "surrogate": "expected"}
+DISCRETE = ("masked", "action-values", "action-values-masked", "action-values-steps", "ppo-action-values")
 FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, ALL),
     "trpo-products": (TRPO, {**ALL, "min_radius_used": 0.9}),
@@ -145,17 +147,20 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo-no-signal": (TRPO, {**ALL, "gamma": 0.0}),
     "npg": (NPG, ALL),
     "masked": (MaskableTRPO, ALL),
+    "action-values": (TRPO, {**ALL, **EXPECTED, **SHORT}),
+    "action-values-masked": (MaskableTRPO, {**ALL, **EXPECTED, **SHORT}),
     "recurrent": (RecurrentTRPO, ALL),
     "ppo": (PPOClip, FULL),
     "ppo-bounded": (PPOClip, {**FULL, "max_kl": 1e-5, "target_kl": 1e-3}),
     "ppo-penalty": (PPOPenalty, FULL),
+    "ppo-action-values": (PPOClip, {**FULL, **EXPECTED, "fast_updates": False}),
     "ppo-recurrent": (RecurrentPPOClip, FULL),
 }
 
 
 def model_on(n_envs: int, form: str, by_hand: bool, distributed: bool) -> Any:
     algorithm, options = FORMS[form]
-    action = "discrete" if form == "masked" else "box"
+    action = "discrete" if form in DISCRETE else "box"
     envs = DummyVecEnv([lambda: RandomEnv(OBSERVATION_SPACES["vector"], ACTION_SPACES[action])] * n_envs)
     name = policy_name(algorithm, "vector")
     recurrent = "Lstm" in name
@@ -227,6 +232,10 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo-sde": (TRPO, {"use_sde": True}),
     "npg": (NPG, {"ent_coef": 0.01}),
     "masked": (MaskableTRPO, {}),
+    "action-values": (TRPO, {"critic": "action_value", "bootstrap": "max"}),
+    "action-values-masked": (MaskableTRPO, {"critic": "action_value", "surrogate": "expected"}),
+    "action-values-steps": (TRPO, {"critic": "action_value", "critic_kwargs": {"fit": "semi_gradient"}}),
+    "ppo-action-values": (PPOClip, {"critic": "action_value", "surrogate": "expected", "batch_size": 24}),
     "recurrent-trpo": (RecurrentTRPO, {}),
     "recurrent-npg": (RecurrentNPG, {}),
     "ppo": (PPOClip, {"batch_size": 24, "n_epochs": 2}),
@@ -242,7 +251,7 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def learner(form: str = "trpo", n_envs: int = 2, **changes: Any) -> Any:
     algorithm, options = LEARN[form]
-    action = "discrete" if form == "masked" else "box"
+    action = "discrete" if form in DISCRETE else "box"
     env = VecNormalize(make_vec_env(lambda: RandomEnv(action_space=ACTION_SPACES[action]), n_envs))
     options = {"seed": 0, "n_steps": STEPS, "device": "cpu", **options, **changes}
     if "recurrent" in form:

@@ -1,6 +1,6 @@
 """The theory of TRPO on Markov decision processes small enough to be solved exactly.
 
-    python examples/tabular_theory.py                     # half a minute; draws tabular_theory.png
+    python examples/tabular_theory.py                     # a minute; draws tabular_theory.png
 
 On random finite MDPs with softmax policies every expectation is a finite sum, so what Schulman et al. (2015,
 https://arxiv.org/abs/1502.05477; "the paper") prove can be checked to the last digits of float64:
@@ -9,15 +9,18 @@ https://arxiv.org/abs/1502.05477; "the paper") prove can be checked to the last 
 2. L_π, which puts d_π in the place of d_π', matches J in value and gradient;
 3. the lower bound J(π') >= L_π(π') - C · D_KL^max(π, π') with C = 4εγ/(1-γ)²;
 4. Algorithm 1, which maximises that bound, improves at every step, and how short its steps are;
-5. TRPO's own update (this package's core, fed with sums instead of samples) beside Algorithm 1 and the policy gradient.
+5. TRPO's own update (this package's core, fed with sums instead of samples) beside Algorithm 1 and the policy gradient;
+6. the box of TRPO with action values of the lecture CS885 (University of Waterloo, 2020), exact and from samples, and
+   what its max_a Q(s',a) in the place of Σ_a π Q does to 2 and 3: its Q is Q* whatever π is, and Q* - Σ_a π Q* is no
+   advantage of π.
 
-J is the paper's η, d_π its unnormalised visitation frequency ρ_π. Nothing is sampled.
+J is the paper's η, d_π its unnormalised visitation frequency ρ_π. Nothing is sampled but in the sampled form of 6.
 """
 
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +44,9 @@ from sb3_trpo_ext.core.parameters import flatten
 GAMMAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 RADIUS = 0.01
 STEP_SIZES = (1, 10)
+BOOTSTRAPS = ("expected", "max")
+BOX_SAMPLES = 1000
+BOX_UPDATES = 40
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Solved:
         performance: J(π) = E[Σ_t γ^t r_t].
         visits: d_π(s) = Σ_t γ^t P(s_t = s), shape ``(S,)``; sums to 1/(1-γ).
         advantages: A_π(s,a), shape ``(S, A)``.
+        values: V_π(s), shape ``(S,)``.
         gamma: γ.
     """
 
@@ -76,6 +83,7 @@ class Solved:
     performance: Tensor
     visits: Tensor
     advantages: Tensor
+    values: Tensor
     gamma: float
 
     @property
@@ -112,7 +120,7 @@ def solve(mdp: MDP, logits: Tensor) -> Solved:
     values = torch.linalg.solve(flow, (policy * mdp.rewards).sum(1))
     visits = torch.linalg.solve(flow.T, mdp.start)
     advantages = mdp.rewards + mdp.gamma * mdp.transitions @ values - values.unsqueeze(1)
-    return Solved(log_policy, mdp.start @ values, visits, advantages, mdp.gamma)
+    return Solved(log_policy, mdp.start @ values, visits, advantages, values, mdp.gamma)
 
 
 def uniform(mdp: MDP) -> Solved:
@@ -120,13 +128,18 @@ def uniform(mdp: MDP) -> Solved:
     return solve(mdp, torch.zeros_like(mdp.rewards))
 
 
-def best_performance(mdp: MDP) -> float:
-    """J* by policy iteration. A logit of 1000 makes the softmax deterministic in float64."""
+def best(mdp: MDP) -> Solved:
+    """π* by policy iteration. A logit of 1000 makes the softmax deterministic in float64."""
     solved = uniform(mdp)
     while solved.advantages.max() > 1e-9:
         greedy = torch.nn.functional.one_hot(solved.advantages.argmax(1), mdp.rewards.shape[1])
         solved = solve(mdp, 1000 * greedy.double())
-    return float(solved.performance)
+    return solved
+
+
+def best_performance(mdp: MDP) -> float:
+    """J*."""
+    return float(best(mdp).performance)
 
 
 def performance_difference(old: Solved, new: Solved) -> Tensor:
@@ -238,6 +251,7 @@ class Problem:
 
     Args:
         old: π.
+        frequencies: How often each state and action came, ``(S, A)``, summing to one; None for d_π π, normalised.
 
     Attributes:
         theta: The logits.
@@ -247,10 +261,11 @@ class Problem:
         start: The evaluation of π.
     """
 
-    def __init__(self, old: Solved) -> None:
+    def __init__(self, old: Solved, frequencies: Tensor | None = None) -> None:
         self._old = old
-        self._weights = old.visits / old.visits.sum()
-        self._frequencies = self._weights.unsqueeze(1) * old.log_policy.exp()
+        exact = (old.visits / old.visits.sum()).unsqueeze(1) * old.log_policy.exp()
+        self._frequencies = exact if frequencies is None else frequencies
+        self._weights = self._frequencies.sum(1)
         self.theta = old.log_policy.clone().requires_grad_()
         self.params = [self.theta]
         self.theta_old = flatten([old.log_policy])
@@ -264,9 +279,10 @@ class Problem:
 
     def fisher(self, damping: float) -> GaussNewtonProduct:
         """Products with E[∇log π ∇log πᵀ] + λI, whose first part is a Gauss-Newton matrix in log π."""
+        expected = self._weights.unsqueeze(1) * self._old.log_policy.exp()  # over π, not the actions that were seen
 
         def log_probabilities() -> tuple[Jacobian, Metric]:
-            return Linearization(self.theta.log_softmax(1), self.params), lambda v: self._frequencies * v
+            return Linearization(self.theta.log_softmax(1), self.params), lambda v: expected * v
 
         return GaussNewtonProduct([log_probabilities], damping)
 
@@ -275,7 +291,7 @@ class Problem:
         return (self._frequencies * importance_sampled_surrogate(ratio, self._old.advantages)).sum()
 
 
-def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8) -> Tensor:
+def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8, frequencies: Tensor | None = None) -> Tensor:
     """TRPO's update by this package's core.
 
     In a tabular softmax F⁻¹∇L is the advantage function, up to scale and a constant in each state: the step is
@@ -285,8 +301,9 @@ def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8) -> Ten
         old: π.
         radius: δ, the bound on the mean KL divergence.
         damping: λ. The Fisher matrix is singular, as a softmax does not notice a constant added to a state's logits.
+        frequencies: Of states and actions in a sample, ``(S, A)``; None for those of π itself.
     """
-    problem = Problem(old)
+    problem = Problem(old, frequencies)
     steps = len(problem.gradient)
     direction = natural_direction(problem.fisher(damping), problem, max_steps=steps, residual_tol=1e-8)
     if direction.is_usable:
@@ -294,6 +311,92 @@ def trpo_step(old: Solved, radius: float = RADIUS, damping: float = 1e-8) -> Ten
         test = Acceptance(TrustRegion(radius), problem.start, size * direction.slope)
         backtrack(problem, direction, size, test.rejection)
     return problem.theta.detach()
+
+
+def with_action_values(old: Solved, action_values: Tensor) -> Solved:
+    """π with Q(s,a) - Σ_a π(a|s) Q(s,a) in the place of its advantages, for any Q ``(S, A)``."""
+    baseline = (old.log_policy.exp() * action_values).sum(1, keepdim=True)
+    return replace(old, advantages=action_values - baseline)
+
+
+def fixed_point(mdp: MDP, old: Solved, bootstrap: str) -> Tensor:
+    """Where the box's Q comes to rest under π, ``(S, A)``: Q_π for ``"expected"``, and Q* for ``"max"``, for every π."""
+    settled = old if bootstrap == "expected" else best(mdp)
+    return settled.advantages + settled.values.unsqueeze(1)
+
+
+class Box:
+    """The lecture's TRPO with a table of action values, as it stands: Q, then one step of π, over and over.
+
+    δ = r + γ B(s') - Q(s,a) moves Q(s,a) by α γⁿ δ, with B = max_a Q(s',a) or Σ_a π(a|s') Q(s',a);
+    A(s,a) = r + γ B(s') - Σ_a π(a|s) Q(s,a) with the Q of that moment; θ maximises (1/N) Σ_n r_n(θ) A_n within the region.
+
+    Args:
+        mdp: What is learnt.
+        bootstrap: ``"max"``, the lecture's B, or ``"expected"``.
+        samples: N steps of π an update, in episodes that end with probability 1-γ so that states are seen as d_π has
+            them; 0 for exact expectations: Q settles, and the objective is the sum of equation 9.
+        rate: α.
+        seed: Of the samples.
+    """
+
+    def __init__(self, mdp: MDP, bootstrap: str, samples: int = 0, rate: float = 0.2, seed: int = 0) -> None:
+        self._mdp, self._bootstrap, self._samples, self._rate = mdp, bootstrap, samples, rate
+        self._rng = np.random.default_rng(seed)
+        self.action_values = torch.zeros_like(mdp.rewards)
+
+    def __call__(self, old: Solved) -> Tensor:
+        """The logits of the next policy."""
+        if not self._samples:
+            self.action_values = fixed_point(self._mdp, old, self._bootstrap)
+            return trpo_step(with_action_values(old, self.action_values))
+        counts, totals = self._rollout(old.log_policy.exp().numpy())
+        advantages = torch.from_numpy(totals / np.maximum(counts, 1))
+        return trpo_step(replace(old, advantages=advantages), frequencies=torch.from_numpy(counts / counts.sum()))
+
+    def _rollout(self, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take the samples, moving Q at each; how often each state and action came, and the sum of its A."""
+        mdp, q, gamma = self._mdp, self.action_values.numpy(), self._mdp.gamma
+        rewards = mdp.rewards.numpy()
+        starts, choices, moves = (
+            np.cumsum(masses, axis=-1)[..., :-1] for masses in (mdp.start.numpy(), policy, mdp.transitions.numpy())
+        )
+        counts, totals, n = np.zeros_like(rewards), np.zeros_like(rewards), 0
+        state = starts.searchsorted(self._rng.random())
+        for cut, first, drawn, moved in self._rng.random((self._samples, 4)):
+            if cut > gamma:
+                state, n = starts.searchsorted(first), 0
+            action = choices[state].searchsorted(drawn)
+            following = moves[state, action].searchsorted(moved)
+            ahead = q[following].max() if self._bootstrap == "max" else policy[following] @ q[following]
+            target = rewards[state, action] + gamma * ahead
+            counts[state, action] += 1
+            totals[state, action] += target - policy[state] @ q[state]
+            q[state, action] += self._rate * gamma**n * (target - q[state, action])
+            state, n = following, n + 1
+        return counts, totals
+
+
+BOXES = {
+    f"box, {bootstrap}, {'sampled' if samples else 'exact'}": (bootstrap, samples)
+    for bootstrap in BOOTSTRAPS
+    for samples in (0, BOX_SAMPLES)
+}
+
+
+def gradient_error(mdp: MDP, logits: Tensor, bootstrap: str) -> float:
+    """By how much ∇L of the box's settled Q misses ∇J at π, relative to it (lemma 1.2's match to first order)."""
+    old = solve(mdp, logits)
+    exact = gradient_of(lambda theta: solve(mdp, theta).performance, logits)
+    boxed = with_action_values(old, fixed_point(mdp, old, bootstrap))
+    return float((policy_gradient(boxed) - exact).norm() / exact.norm())
+
+
+def bound_of_box(mdp: MDP, logits: Tensor, new_logits: Tensor, bootstrap: str) -> float:
+    """J(π') minus the lower bound that the box's settled Q makes of it; below zero it is no bound."""
+    old = solve(mdp, logits)
+    boxed = with_action_values(old, fixed_point(mdp, old, bootstrap))
+    return float(solve(mdp, new_logits).performance - lower_bound(boxed, new_logits.log_softmax(1)))
 
 
 UPDATES: dict[str, Update] = {
@@ -383,6 +486,9 @@ class Row:
         divergences: KL of the first steps of Algorithm 1 and TRPO.
         curves: For every method, the part of the way from J of the uniform policy to J*, by updates.
         smallest_change: For every method, the smallest change of J in one update.
+        boxes: The curves of the `BOXES`.
+        gradient_errors: By B, the `gradient_error` of a random policy of every MDP.
+        bounds: By B, the smallest `bound_of_box` along a random direction, of every MDP.
     """
 
     mdp: MDP
@@ -391,6 +497,9 @@ class Row:
     divergences: dict[str, float]
     curves: dict[str, list[float]]
     smallest_change: dict[str, float]
+    boxes: dict[str, list[float]]
+    gradient_errors: dict[str, list[float]]
+    bounds: dict[str, list[float]]
 
 
 def measure(gamma: float, args: argparse.Namespace) -> Row:
@@ -399,7 +508,11 @@ def measure(gamma: float, args: argparse.Namespace) -> Row:
     generator = torch.Generator().manual_seed(args.seed)
     mdp = mdps[0]
     performances = {name: learn(mdp, update, args.iterations) for name, update in UPDATES.items()}
-    best = best_performance(mdp)
+    best, errors, bounds = best_performance(mdp), dict[str, list[float]](), dict[str, list[float]]()
+    for bootstrap in BOOTSTRAPS:
+        pairs = [of_box(each, args.seed, bootstrap) for each in mdps]
+        errors[bootstrap], bounds[bootstrap] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    boxes = {name: learn(mdp, Box(mdp, *options), BOX_UPDATES) for name, options in BOXES.items()}
     return Row(
         mdp,
         worst([check(each, generator) for each in mdps]),
@@ -407,7 +520,18 @@ def measure(gamma: float, args: argparse.Namespace) -> Row:
         first_steps(mdp),
         {name: [(j - js[0]) / (best - js[0]) for j in js] for name, js in performances.items()},
         {name: min(after - before for before, after in pairwise(js)) for name, js in performances.items()},
+        {name: [(j - js[0]) / (best - js[0]) for j in js] for name, js in boxes.items()},
+        errors,
+        bounds,
     )
+
+
+def of_box(mdp: MDP, seed: int, bootstrap: str) -> tuple[float, float]:
+    """`gradient_error` at a random policy of an MDP, and the smallest `bound_of_box` along a random direction."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, direction = (normal(generator, *mdp.rewards.shape) for _ in range(2))
+    bounds = [bound_of_box(mdp, logits, logits + step * direction, bootstrap) for step in np.geomspace(1e-3, 10, 9)]
+    return gradient_error(mdp, logits, bootstrap), min(bounds)
 
 
 def updates_to(curve: list[float], level: float) -> str:
@@ -473,13 +597,35 @@ def draw_step_lengths(axes: Axes, args: argparse.Namespace) -> None:
     axes.set(title="First step", xlabel="horizon 1/(1-γ)", ylabel="length sqrt(2 KL)")
 
 
+def draw_gradient_errors(axes: Axes, rows: list[Row]) -> None:
+    """How far ∇L of the box is from ∇J, by γ, over the MDPs."""
+    gammas = [row.mdp.gamma for row in rows]
+    for bootstrap, label in (("max", "max_a Q(s',a)"), ("expected", "Σ_a π Q(s',a)")):
+        errors = np.array([row.gradient_errors[bootstrap] for row in rows])
+        axes.semilogy(range(len(gammas)), np.median(errors, axis=1), "o-", label=label)
+        axes.fill_between(range(len(gammas)), errors.min(axis=1), errors.max(axis=1), alpha=0.2)
+    axes.set_xticks(range(len(gammas)), [str(gamma) for gamma in gammas])
+    axes.set(title="First-order match of the lecture's box", xlabel="γ", ylabel="|∇L - ∇J| / |∇J|")
+
+
+def draw_boxes(axes: Axes, row: Row) -> None:
+    """The part of the way to J* by updates, of the boxes and TRPO."""
+    for name, curve in row.boxes.items():
+        axes.plot(curve, "--" if "sampled" in name else "-", label=name, alpha=0.8)
+    axes.plot(row.curves["TRPO"][: BOX_UPDATES + 1], "k:", label="TRPO")
+    title = f"The lecture's box, γ = {row.mdp.gamma}; sampled: {BOX_SAMPLES} steps an update"
+    axes.set(title=title, xlabel="updates", ylabel="part of the way to $J^*$")
+
+
 def draw(rows: list[Row], args: argparse.Namespace) -> None:
-    """Draw the four panels."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    """Draw the six panels."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
     draw_bound(axes[0, 0], rows[1].mdp)
     draw_first_order(axes[0, 1], [row.mdp for row in rows])
     draw_learning(axes[1, 0], rows)
     draw_step_lengths(axes[1, 1], args)
+    draw_gradient_errors(axes[0, 2], rows)
+    draw_boxes(axes[1, 2], rows[len(rows) // 2])
     for panel in axes.flat:
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8)
@@ -504,6 +650,17 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
     print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:
         print("| " + " | ".join(cells(row)) + " |")
+    print(
+        "\nThe lecture's box by its bootstrap: |∇L - ∇J| / |∇J| at a random policy, median (largest) over the MDPs; the"
+    )
+    print(f"smallest J minus its lower bound; and the part of the way to J* after {BOX_UPDATES} updates.")
+    heads = ["γ", *(f"{head}: {kind}" for head in ("first order", "bound") for kind in BOOTSTRAPS), *BOXES]
+    print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for row in rows:
+        errors = [f"{np.median(row.gradient_errors[b]):.2g} ({max(row.gradient_errors[b]):.2g})" for b in BOOTSTRAPS]
+        bounds = [f"{min(row.bounds[b]):.1e}" for b in BOOTSTRAPS]
+        ends = [f"{curve[-1]:.3f}" for curve in row.boxes.values()]
+        print("| " + " | ".join([f"{row.mdp.gamma}", *errors, *bounds, *ends]) + " |")
 
 
 def cells(row: Row) -> list[str]:

@@ -320,7 +320,7 @@ def with_action_values(old: Solved, action_values: Tensor) -> Solved:
 
 
 def fixed_point(mdp: MDP, old: Solved, bootstrap: str) -> Tensor:
-    """Where the box's Q comes to rest under π, ``(S, A)``: Q_π for ``"expected"``, and Q* for ``"max"``, for every π."""
+    """Where the box's Q comes to rest under π, ``(S, A)``: at Q_π for ``"expected"``, at Q* for ``"max"``."""
     settled = old if bootstrap == "expected" else best(mdp)
     return settled.advantages + settled.values.unsqueeze(1)
 
@@ -329,7 +329,7 @@ class Box:
     """The lecture's TRPO with a table of action values, as it stands: Q, then one step of π, over and over.
 
     δ = r + γ B(s') - Q(s,a) moves Q(s,a) by α γⁿ δ, with B = max_a Q(s',a) or Σ_a π(a|s') Q(s',a);
-    A(s,a) = r + γ B(s') - Σ_a π(a|s) Q(s,a) with the Q of that moment; θ maximises (1/N) Σ_n r_n(θ) A_n within the region.
+    A(s,a) = r + γ B(s') - Σ_a π(a|s) Q(s,a) with the Q of that moment; θ maximises (1/N) Σ_n r_n(θ) A_n in the region.
 
     Args:
         mdp: What is learnt.
@@ -512,7 +512,7 @@ def measure(gamma: float, args: argparse.Namespace) -> Row:
     for bootstrap in BOOTSTRAPS:
         pairs = [of_box(each, args.seed, bootstrap) for each in mdps]
         errors[bootstrap], bounds[bootstrap] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    boxes = {name: learn(mdp, Box(mdp, *options), BOX_UPDATES) for name, options in BOXES.items()}
+    boxes = {name: learn(mdp, Box(mdp, *options), min(BOX_UPDATES, args.iterations)) for name, options in BOXES.items()}
     return Row(
         mdp,
         worst([check(each, generator) for each in mdps]),
@@ -578,7 +578,7 @@ def draw_learning(axes: Axes, rows: list[Row]) -> None:
         for index, (name, curve) in enumerate(row.curves.items()):
             label = name if style == "-" else None
             axes.semilogx(range(1, len(curve)), curve[1:], style, color=f"C{index}", label=label)
-    title = f"From the uniform policy; solid: γ = {rows[0].mdp.gamma}, dashed: γ = {rows[-1].mdp.gamma}"
+    title = f"Solid: γ = {rows[0].mdp.gamma}, dashed: γ = {rows[-1].mdp.gamma}"
     axes.set(title=title, xlabel="updates", ylabel="part of the way to $J^*$")
 
 
@@ -612,9 +612,8 @@ def draw_boxes(axes: Axes, row: Row) -> None:
     """The part of the way to J* by updates, of the boxes and TRPO."""
     for name, curve in row.boxes.items():
         axes.plot(curve, "--" if "sampled" in name else "-", label=name, alpha=0.8)
-    axes.plot(row.curves["TRPO"][: BOX_UPDATES + 1], "k:", label="TRPO")
-    title = f"The lecture's box, γ = {row.mdp.gamma}; sampled: {BOX_SAMPLES} steps an update"
-    axes.set(title=title, xlabel="updates", ylabel="part of the way to $J^*$")
+    axes.plot(row.curves["TRPO"][: len(curve)], "k:", label="TRPO")
+    axes.set(title=f"The lecture's box, γ = {row.mdp.gamma}", xlabel="updates", ylabel="part of the way to $J^*$")
 
 
 def draw(rows: list[Row], args: argparse.Namespace) -> None:
@@ -650,10 +649,8 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
     print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:
         print("| " + " | ".join(cells(row)) + " |")
-    print(
-        "\nThe lecture's box by its bootstrap: |∇L - ∇J| / |∇J| at a random policy, median (largest) over the MDPs; the"
-    )
-    print(f"smallest J minus its lower bound; and the part of the way to J* after {BOX_UPDATES} updates.")
+    print("\nThe lecture's box by its bootstrap: |∇L - ∇J| / |∇J| at a random policy, median (largest) over the MDPs;")
+    print("the smallest J minus its lower bound; and the part of the way to J* after the last update.")
     heads = ["γ", *(f"{head}: {kind}" for head in ("first order", "bound") for kind in BOOTSTRAPS), *BOXES]
     print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for row in rows:

@@ -80,6 +80,13 @@ class PPOPenalty(FirstOrderAlgorithm):
         device: ``"cpu"``, ``"cuda"``, ``"auto"``, ...
         max_kl: Bound on the exact mean joint KL(π_old‖π_θ) over the rollout: an epoch that leaves this ball is rolled
             back, optimiser included, and ends the update. None for no bound.
+        critic: ``"value"``, V(s) as in SB3, or ``"action_value"``, a value Q(s,a) for each of the Discrete actions
+            (`ActionValues`), whose loss is that of the actions taken.
+        bootstrap: What is expected to follow a state, where the critic has action values: ``"expected"``, or ``"max"``;
+            see `TRPO`.
+        surrogate: Where the critic has action values, ``"expected"`` makes of the policy's loss the sum over actions
+            Σ_a π_old(a|s) r A, with A(s,·) of the critic as it is at the minibatch; ``"sampled"`` goes by the
+            actions taken.
         fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
             (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
             the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat

@@ -70,10 +70,23 @@ class TRPO(NaturalGradientAlgorithm):
             minibatch regression as in sb3-contrib (``learning_rate``, ``batch_size``, ``n_critic_updates``).
             ``"auto"`` is the first, unless one of the arguments of the second is not at its default: what was tuned
             for sb3-contrib keeps its meaning. Also a name given to `register_critic`, or a subclass of `Critic`.
+            ``"action_value"`` gives the policy a value for each of its Discrete actions, Q(s,·) in place of V(s)
+            (`ActionValues`), regressed on the λ-returns of the actions taken; ``gae_lambda=0`` is the lecture's step.
+            ``"semi_gradient"`` takes the lecture's steps along the temporal differences instead (`SemiGradientCritic`).
         critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_iterations``,
             ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
             actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,
             ``n_iterations`` 3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
+            Of action values ``fit`` names how they are fitted, ``"auto"``, ``"gauss_newton"`` (further than V by default:
+            ``damping`` 1e-3, ``cg_steps`` 20, ``n_iterations`` 2, ``curvature_samples`` None), ``"adam"`` or
+            ``"semi_gradient"``, and the others are arguments of that.
+        bootstrap: What is expected to follow a state, where the critic has action values: ``"expected"``,
+            Σ_a π(a|s) Q(s,a), or ``"max"``, max_a Q(s,a), as in the boxes of the lecture CS885 (University of Waterloo,
+            2020). The second is no value of π, so that the surrogate matches the return to first order only where π is
+            optimal (``examples/tabular_theory.py``: a third of the gradient is off).
+        surrogate: Where the critic has action values, ``"expected"`` makes L(θ) the sum over actions of equation 9,
+            E_s[Σ_a π_θ(a|s) A(s,a)] with A = Q - Σ_a π_old Q, exact, for the gradient, the line search and the penalty;
+            the critic then learns of a rollout before the policy does. ``"sampled"`` is equation 14: the actions taken.
         kl_per_action_dim: Read ``target_kl`` and ``cg_damping`` per action dimension for Box and MultiBinary actions
             of A dimensions: δ = target_kl · A and λ = cg_damping · A. That is what averaging the KL over dimensions
             amounts to in sb3-contrib, so steps keep their length there and here. False is the paper's
@@ -135,7 +148,7 @@ class TRPO(NaturalGradientAlgorithm):
     Raises:
         AssertionError: If n_steps * n_envs = 1 with normalised advantages, as in SB3's PPO.
         TypeError: For an unknown argument; one of PPO's is answered with what to use instead.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or does not go with the actions or the policy.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class TRPO(NaturalGradientAlgorithm):
             ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
             actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,
             ``n_iterations`` 3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
-            Of action values ``fit`` names how they are fitted, ``"auto"``, ``"gauss_newton"`` (further than V by default:
+            Of action values ``fit`` names how they are fitted, ``"auto"``, ``"gauss_newton"`` (by default with
             ``damping`` 1e-3, ``cg_steps`` 20, ``n_iterations`` 2, ``curvature_samples`` None), ``"adam"`` or
             ``"semi_gradient"``, and the others are arguments of that.
         bootstrap: What is expected to follow a state, where the critic has action values: ``"expected"``,

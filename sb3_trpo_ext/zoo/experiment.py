@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import optuna
 import torch.distributed as dist
 from gymnasium import spaces
 from rl_zoo3 import ALGOS
@@ -20,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import initialize_workers
 from sb3_trpo_ext.zoo.registry import ALGORITHMS
+from sb3_trpo_ext.zoo.samplers import DISCRETE_ACTIONS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
 
@@ -157,9 +159,15 @@ class TrustRegionExperimentManager(ExperimentManager):
         self, hyperparams: dict[str, Any], saved_hyperparams: dict[str, Any], env: VecEnv
     ) -> dict[str, Any]:
         """The zoo's first look at the environment: where a policy that depends on it can be chosen."""
+        self._discrete_actions = isinstance(env.action_space, spaces.Discrete)
         if hyperparams.get("policy") == "auto":
             hyperparams["policy"] = policy_for(ALGOS[self.algo], env.observation_space)
         return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """As in the zoo; the trial knows whether actions may have a value each."""
+        trial.set_user_attr(DISCRETE_ACTIONS, self._discrete_actions)
+        return super().objective(trial)
 
 
 class _WithCheckpoints:

@@ -23,6 +23,34 @@ CRITIC_ARGUMENTS = {
 """What each kind of critic takes, by the names of the search space."""
 
 
+DISCRETE_ACTIONS = "discrete_actions"
+"""The attribute by which a trial knows that actions are Discrete, and may have a value each."""
+
+
+def convert_action_values(sampled_params: Params) -> Params:
+    """Arguments of the critic and the surrogate, where a trial chose between values of states and of actions."""
+    params = sampled_params.copy()
+    if "action_values" not in params:
+        return params
+    arguments = {name: params.pop(name) for name in ("bootstrap", "surrogate")}
+    if params.pop("action_values"):
+        params |= {**arguments, "critic": "action_value"}
+        if "critic" in sampled_params:
+            params["critic_kwargs"] = {"fit": sampled_params["critic"], **params.get("critic_kwargs", {})}
+    return params
+
+
+def suggest_action_values(trial: optuna.Trial) -> Params:
+    """What `convert_action_values` converts, where there can be values of actions."""
+    if not trial.user_attrs.get(DISCRETE_ACTIONS):
+        return {}
+    return {
+        "action_values": trial.suggest_categorical("action_values", [False, True]),
+        "bootstrap": trial.suggest_categorical("bootstrap", ["expected", "max"]),
+        "surrogate": trial.suggest_categorical("surrogate", ["sampled", "expected"]),
+    }
+
+
 def convert_natural_gradient_params(sampled_params: Params) -> Params:
     """Constructor arguments of TRPO and NPG from the parameters of a trial."""
     params = sampled_params.copy()
@@ -31,7 +59,12 @@ def convert_natural_gradient_params(sampled_params: Params) -> Params:
     params = {name: value for name, value in params.items() if name not in unused}
     if kind == "gauss_newton":
         params["critic_kwargs"] = {"damping": params.pop("critic_damping"), "cg_steps": params.pop("critic_cg_steps")}
-    return convert_onpolicy_params(params)
+    return convert_onpolicy_params(convert_action_values(params))
+
+
+def convert_ppo_penalty_params(sampled_params: Params) -> Params:
+    """Constructor arguments of PPOPenalty from the parameters of a trial."""
+    return convert_onpolicy_params(convert_action_values(sampled_params))
 
 
 def convert_recurrent_params(sampled_params: Params) -> Params:
@@ -86,7 +119,7 @@ def suggest_batch_size_pow(trial: optuna.Trial, n_steps_pow: int, n_envs: int) -
 
 def sample_natural_gradient_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
     """TRPO, NPG and MaskableTRPO."""
-    return convert_natural_gradient_params(suggest_natural_gradient(trial, n_envs))
+    return convert_natural_gradient_params({**suggest_natural_gradient(trial, n_envs), **suggest_action_values(trial)})
 
 
 def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
@@ -103,9 +136,10 @@ def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, ad
 def sample_ppo_penalty_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
     """PPOPenalty."""
     params = sample_on_policy(trial)
-    return convert_onpolicy_params(
+    return convert_ppo_penalty_params(
         {
             **params,
+            **suggest_action_values(trial),
             "batch_size_pow": suggest_batch_size_pow(trial, params["n_steps_pow"], n_envs),
             "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.003, log=True),
             "n_epochs": trial.suggest_categorical("n_epochs", [1, 5, 10, 20]),
@@ -132,7 +166,7 @@ CONVERTERS: dict[str, Callable[[Params], Params]] = {
     "trpo": convert_natural_gradient_params,
     "npg": convert_natural_gradient_params,
     "ppo_clip": convert_onpolicy_params,
-    "ppo_penalty": convert_onpolicy_params,
+    "ppo_penalty": convert_ppo_penalty_params,
     "trpo_lstm": convert_recurrent_params,
     "npg_lstm": convert_recurrent_params,
     "ppo_clip_lstm": convert_onpolicy_params,

@@ -11,6 +11,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext.zoo import ALGORITHMS
+from sb3_trpo_ext.zoo.samplers import DISCRETE_ACTIONS
 
 Build = Callable[..., Any]
 
@@ -51,9 +52,10 @@ gym.register("Masked-v0", entry_point=Masked)
 gym.register("PoisonedReward-v0", entry_point=PoisonedReward)
 
 
-def sampled(algo: str, number: int) -> tuple[optuna.trial.FrozenTrial, dict[str, Any]]:
+def sampled(algo: str, number: int, discrete: bool = False) -> tuple[optuna.trial.FrozenTrial, dict[str, Any]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
     trial = study.ask()
+    trial.set_user_attr(DISCRETE_ACTIONS, discrete)
     arguments = HYPERPARAMS_SAMPLER[algo](trial, 1, 4, {})
     return study.trials[0], arguments
 
@@ -70,10 +72,27 @@ def test_what_is_sampled_makes_a_model(algo: str) -> None:
     assert algo.startswith("ppo") or critics == {"gauss_newton", "adam"}
 
 
+@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_penalty", "trpo_mask"])
+def test_values_of_actions_are_sampled_where_they_can_be(algo: str) -> None:
+    env, seen = make_vec_env("Masked-v0", n_envs=4), set()
+    for number in range(12):
+        trial, arguments = sampled(algo, number, discrete=True)
+        model = ALGORITHMS[algo]("MlpPolicy", env, **arguments)
+        assert model.has_action_values == trial.params["action_values"]
+        if model.has_action_values:
+            assert algo == "ppo_penalty" or model.critic_kwargs["fit"] == trial.params["critic"]
+            seen.add((model.bootstrap, model.surrogate))
+        assert "action_values" not in sampled(algo, number)[0].params
+    assert {each[0] for each in seen} == {"expected", "max"} and {each[1] for each in seen} == {"sampled", "expected"}
+    for recurrent in ("trpo_lstm", "npg_lstm"):
+        assert "action_values" not in sampled(recurrent, 0, discrete=True)[0].params
+
+
+@pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_stored_trial_is_converted_to_what_was_sampled(algo: str) -> None:
+def test_a_stored_trial_is_converted_to_what_was_sampled(algo: str, discrete: bool) -> None:
     for number in range(6):
-        trial, arguments = sampled(algo, number)
+        trial, arguments = sampled(algo, number, discrete)
         assert HYPERPARAMS_CONVERTER[algo](trial.params) == arguments
 
 

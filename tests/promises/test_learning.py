@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
@@ -55,6 +56,22 @@ def test_cartpole_is_solved_in_60k_steps(arm: str, record_property: Callable[[st
         means.append(float(evaluate_policy(model, test_env, n_eval_episodes=20)[0]))
     record_property("mean_returns", means)
     assert np.median(means) >= 475, means
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surrogate", ["sampled", "expected"])
+@pytest.mark.parametrize("bootstrap", ["expected", "max"])
+def test_cartpole_is_balanced_for_475_steps_with_action_values(bootstrap: str, surrogate: str) -> None:
+    """At some evaluation within 50k steps, with every seed."""
+    for seed in SEEDS:
+        env = make_vec_env("CartPole-v1", n_envs=8, seed=seed)
+        options: dict[str, Any] = {"critic": "action_value", "bootstrap": bootstrap, "surrogate": surrogate}
+        model = TRPO("MlpPolicy", env, n_steps=256, seed=seed, device="cpu", **options)
+        reached = StopTrainingOnRewardThreshold(475)
+        test_env = make_vec_env("CartPole-v1", n_envs=20, seed=1000 + seed)
+        evaluation = EvalCallback(test_env, callback_on_new_best=reached, n_eval_episodes=20, eval_freq=512, verbose=0)
+        model.learn(50_000, callback=evaluation)
+        assert evaluation.best_mean_reward >= 475, (seed, evaluation.best_mean_reward)
 
 
 # Without PPOClip, which is SB3's PPO: not every seed swings up within these steps, here or there.

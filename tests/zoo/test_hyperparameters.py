@@ -245,3 +245,14 @@ def test_a_callback_of_the_users_own_module(experiment: Build, tmp_path: Path, m
     model, _ = manager.setup_experiment()
     manager.learn(model)
     assert model.num_timesteps == model.n_envs
+
+
+@pytest.mark.parametrize("algo", ["trpo", "npg", "ppo_clip", "ppo_penalty", "trpo_mask"])
+def test_entries_may_ask_for_values_of_actions(experiment: Build, algo: str, tmp_path: Path) -> None:
+    entry = {"n_timesteps": 64, "policy": "auto", "n_envs": 2, "n_steps": 16, "batch_size": 16}
+    entry |= {"critic": "action_value", "bootstrap": "max", "surrogate": "expected"}
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump({"ObservedDict-v0": entry}))
+    model, _ = experiment(algo, "ObservedDict-v0", config=str(config)).setup_experiment()
+    model.learn(64)
+    assert (model.has_action_values, model.bootstrap, model.surrogate) == (True, "max", "expected")

@@ -22,7 +22,7 @@ from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
-from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, without_noise
+from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, normalized_signal, without_noise
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
@@ -185,9 +185,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _problem(self, batch: Batch, chunk_size: int | None = None) -> PolicyProblem:
         """What the policy step is to solve on a rollout."""
-        seen = without_noise(self._policy_samples(batch, chunk_size), self.rollout_buffer)
-        if self.normalize_advantage:
-            seen = seen.with_normalized_advantages()
+        prepare = normalized_signal if self.normalize_advantage else without_noise
+        seen = prepare(self._policy_samples(batch, chunk_size), self.rollout_buffer)
         return PolicyProblem(
             self._plain_policy or self.policy,
             seen,

@@ -283,6 +283,35 @@ def test_all_workers_have_the_same_model_after_five_updates(ranks: Ranks, form: 
         np.testing.assert_array_equal(ranks(five_updates, form)[0][0], found[0][0])
 
 
+def messages_of(rank: int, form: str, options: dict[str, Any]) -> tuple[int, int]:
+    model = learner(form, **options)
+    sent: list[int] = []
+
+    class Count(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            sent.append(model.logger.name_to_value.get("train/messages", 0))
+
+    model.learn(3 * STEPS * 2 * RANKS, every_rank(Count()), log_interval=100)
+    return sent[-1], model._n_updates
+
+
+@pytest.mark.parametrize("form", ["ppo", "ppo-recurrent"])
+@pytest.mark.parametrize("fast_updates", [True, False])
+def test_a_minibatch_takes_one_message(ranks: Ranks, form: str, fast_updates: bool) -> None:
+    options = {"fast_updates": fast_updates, "batch_size": 24}
+    two, four = (ranks(messages_of, form, {**options, "n_epochs": n_epochs})[0][0] for n_epochs in (2, 4))
+    minibatches = STEPS * 2 * RANKS // 24
+    assert four - two == 2 * (minibatches + 1)  # and that of the advantages
+
+
+def test_an_update_of_trpo_takes_few_messages(ranks: Ranks) -> None:
+    (messages, _), *others = ranks(messages_of, "trpo", {})
+    assert messages <= 11 and all(other == messages for other, _ in others)
+
+
 # One of them fails.
 
 

@@ -283,6 +283,22 @@ def test_all_workers_have_the_same_model_after_five_updates(ranks: Ranks, form: 
         np.testing.assert_array_equal(ranks(five_updates, form)[0][0], found[0][0])
 
 
+def told_in_turn(rank: int) -> list[list[float]]:
+    group, found = ProcessGroup.of_this_process(), []
+    assert group is not None
+    with group.together():
+        for turn in range(12):
+            parts = group.all_gather(torch.full((5,), 100.0 * turn + rank))
+            time.sleep(0.02 * (turn % RANKS == rank))  # while the others go on to the next one
+            found.append([float(part[0]) for part in parts])
+    return found
+
+
+def test_what_was_told_holds_until_the_next_message(ranks: Ranks) -> None:
+    expected = [[100.0 * turn + rank for rank in range(RANKS)] for turn in range(12)]
+    assert ranks(told_in_turn) == [expected] * RANKS
+
+
 def messages_of(rank: int, form: str, options: dict[str, Any]) -> tuple[int, int]:
     model = learner(form, **options)
     sent: list[int] = []

@@ -55,6 +55,7 @@ from sb3_trpo_ext.policy import problem
 from sb3_trpo_ext.rollout.worker_envs import merged
 from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
+from sb3_trpo_ext.zoo import cli
 
 RANKS = 3
 """With two, every sum is the same in either order."""
@@ -878,6 +879,17 @@ def test_the_zoo_makes_one_run_of_it(tmp_path: Path) -> None:
     assert {name for name in names if name.startswith("rl_")} == {"rl_model_600_steps.zip", "rl_model_1200_steps.zip"}
     assert len(list((tmp_path / "tb").rglob("events*"))) == 1
     assert TRPO.load(run / "CartPole-v1.zip").num_timesteps == 1500
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_run_is_recorded_by_the_first_rank_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(cli.runpy, "run_module", lambda *_, **__: modes.append(os.environ.get("WANDB_MODE")))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    cli.run("train")
+    assert modes == ["disabled" if rank else None] and "WANDB_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("already", [0, 1000])

@@ -95,16 +95,44 @@ class FlatOptimizer:
         Returns:
             False, and nothing has moved, if ``max_norm`` is given and the gradient's norm is not finite.
         """
-        if self._by_itself:
-            self._optimizer.zero_grad()
-        else:
-            for param in self._params:
-                param.grad = None
+        self._clear()
         if not self._backward(loss):
             return True
         reached = [param for param in self._params if param.grad is not None]
         if reduction.workers > 1:
             _set_gradients(reached, reduction.gradients(_gradients(reached)))
+        return self._step_within(reached, max_norm)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of a loss, whose graph is released, by every parameter that may be moved."""
+        self._clear()
+        self._backward(loss)
+        return [torch.zeros_like(param) if param.grad is None else param.grad for param in self._params]
+
+    def no_gradients(self) -> list[Tensor]:
+        """What `gradients` would return of a loss that nothing reaches."""
+        self._clear()
+        return [torch.zeros_like(param) for param in self._params]
+
+    def descend_along(self, totals: Sequence[Tensor], max_norm: float | None = None) -> bool:
+        """Step along the total of what `gradients` returned to each worker; see `descend`."""
+        reached = [param for param in self._params if param.grad is not None]
+        if not reached:
+            return True
+        _set_gradients(
+            reached, [total for param, total in zip(self._params, totals, strict=True) if param.grad is not None]
+        )
+        return self._step_within(reached, max_norm)
+
+    def _clear(self) -> None:
+        if self._by_itself:
+            self._optimizer.zero_grad()
+        else:
+            for param in self._params:
+                param.grad = None
+
+    def _step_within(self, reached: list[nn.Parameter], max_norm: float | None) -> bool:
+        """Step along the gradients, scaled down to a norm; False, and nothing has moved, if theirs is not finite."""
         if reached and max_norm is not None and not _clip(_gradients(reached), max_norm):
             return False
         self._step(reached)

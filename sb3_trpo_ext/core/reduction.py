@@ -49,6 +49,12 @@ class Reduction:
             return list(vectors), sums, largest
         return self.gradients(vectors), self.total(sums), self._largest(largest)
 
+    def totals_and_parts(
+        self, vectors: Sequence[Tensor], sums: Tensor, largest: Tensor, mine: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """`totals`, and what each worker has of some numbers ``(n,)``, one after the other, ``(W · n,)``."""
+        return *self.totals(vectors, sums, largest), self.gather(mine)
+
     def largest_of(self, here: Tensor) -> Tensor:
         """The maximum over workers of each of some numbers ``(M,)``."""
         return self._largest(here)
@@ -119,11 +125,19 @@ class Reduction:
         """Whether anything holds for any sample: True where one is neither False nor zero."""
         return bool(self._largest((flags != 0).any().to(torch.uint8)))
 
-    def standardized(self, values: Tensor) -> Tensor:
-        """(x - mean) / (std + 1e-8) with the unbiased standard deviation, as SB3 standardises a minibatch."""
+    def standardized(self, values: Tensor, parts: Tensor | None = None) -> Tensor:
+        """(x - mean) / (std + 1e-8) with the unbiased standard deviation, as SB3 standardises a minibatch.
+
+        Args:
+            values: This worker's.
+            parts: `moments_here` of each worker, ``(W, 4)``, if they have been told.
+        """
         if self.workers == 1:
             return (values - values.mean()) / (values.std() + 1e-8)
-        return self.standardized_rows(values[None])[0]
+        if parts is None:
+            return self.standardized_rows(values[None])[0]
+        mean, variance = merged_moments(parts)
+        return ((values.double() - mean) / (variance.sqrt() + 1e-8)).to(values.dtype)
 
     def standardized_rows(self, values: Tensor) -> Tensor:
         """The same for each row of ``(M, n)``, a minibatch of which this worker has n samples."""
@@ -177,7 +191,10 @@ ALONE = Reduction()
 
 
 class Communicator(Protocol):
-    """Messages between W workers, each of which all of them take part in, in the same order."""
+    """Messages between W workers, each of which all of them take part in, in the same order.
+
+    What others have told holds until the next message of that kind and size, which may be written in its place.
+    """
 
     @property
     def workers(self) -> int:
@@ -231,20 +248,42 @@ class SharedReduction(Reduction):
     def totals(self, vectors: Sequence[Tensor], sums: Tensor, largest: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """See `Reduction.totals`.
 
-        In one sum over workers: the numbers of each have a place of their own in it, where all others add zero.
+        In one sum over workers, of which those numbers that are to be summed are a part; of the others each has places
+        of its own in it, where all others add zero.
         """
-        numbers = torch.cat([sums.detach(), largest.detach()])
-        if vectors:
-            flat = flatten([vector.detach() for vector in vectors])
-            places = flat.new_zeros(self.workers, len(numbers))
-            places[self.rank] = numbers.to(flat)
-            found = self._communicator.all_reduce(torch.cat([flat, places.view(-1)]))
-            flat, places = found[: len(flat)], found[len(flat) :].view(self.workers, -1)
-        else:
-            flat, places = numbers[:0], torch.stack(self._communicator.all_gather(numbers.double()))
-        places = places.to(numbers)
-        total = places[:, : len(sums)].sum(dim=0)
-        return list(unflatten(flat, vectors)) if vectors else [], total, places[:, len(sums) :].amax(dim=0)
+        if not vectors:
+            numbers = torch.cat([sums.detach(), largest.detach()])
+            told = torch.stack(self._communicator.all_gather(numbers.double())).to(numbers)
+            return [], told[:, : len(sums)].sum(dim=0), told[:, len(sums) :].amax(dim=0)
+        found, total, told = self._with_places(vectors, sums, largest.detach())
+        return found, total, told.amax(dim=0).to(largest) if len(largest) else largest
+
+    def totals_and_parts(
+        self, vectors: Sequence[Tensor], sums: Tensor, largest: Tensor, mine: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """See `Reduction.totals_and_parts`; in one message if there are vectors.
+
+        Where these are narrower than the numbers, a number is told as what it is in their precision, and the rest.
+        """
+        if not vectors:
+            return super().totals_and_parts(vectors, sums, largest, mine)
+        rounded = mine.to(vectors[0].dtype)
+        numbers = torch.cat([largest.detach().to(rounded), rounded, (mine - rounded).to(rounded)])
+        found, total, told = self._with_places(vectors, sums, numbers)
+        most, first, rest = torch.split(told, [len(largest), len(mine), len(mine)], dim=1)
+        return found, total, most.amax(dim=0).to(largest), (first.to(mine) + rest.to(mine)).flatten()
+
+    def _with_places(
+        self, vectors: Sequence[Tensor], sums: Tensor, numbers: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Totals of vectors and of some numbers, and what each worker has of others, ``(W, len(numbers))``."""
+        flat = [vector.detach().reshape(-1) for vector in vectors]
+        places = flat[0].new_zeros(self.workers, len(numbers))
+        places[self.rank] = numbers.to(places)
+        found = self._communicator.all_reduce(torch.cat([*flat, sums.detach().to(places), places.view(-1)]))
+        *pieces, total, told = torch.split(found, [*map(len, flat), len(sums), places.numel()])
+        shaped = [piece.view(vector.shape) for piece, vector in zip(pieces, vectors, strict=True)]
+        return shaped, total.to(sums), told.view(self.workers, -1)
 
     def gradients(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """See `Reduction.gradients`; no message where there is none."""

@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_trpo_ext.core.advantages import rounding_of_advantages
+from sb3_trpo_ext.core.reduction import moments_here
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import by_time
 
@@ -35,17 +36,40 @@ def without_noise(batch: Batch, buffer: RolloutBuffer) -> Batch:
         batch: Samples, those of the buffer at least.
         buffer: The rollout that they come from.
     """
+    bounds = batch.reduction.largest_of(_bounds_here(batch, buffer))
+    return _without_noise(batch, buffer, bounds)
+
+
+def normalized_signal(batch: Batch, buffer: RolloutBuffer) -> Batch:
+    """The batch `without_noise`, its advantages standardised; what workers tell of both goes in one message."""
+    reduction = batch.reduction
+    if reduction.workers == 1:
+        return without_noise(batch, buffer).with_normalized_advantages()
+    bounds = _bounds_here(batch, buffer)
+    mine = torch.cat([bounds.double(), moments_here(batch.advantages, batch.weights)])
+    told = reduction.gather(mine).view(reduction.workers, -1)
+    most, moments = told[:, : len(bounds)].amax(dim=0), told[:, len(bounds) :]
+    seen = _without_noise(batch, buffer, most.to(bounds))
+    return seen.with_normalized_advantages(moments) if seen is batch else seen  # zeros stay what they are
+
+
+def _bounds_here(batch: Batch, buffer: RolloutBuffer) -> torch.Tensor:
+    """What is to be the largest over workers: Â, -Â, |V_old| and the steps of a recursion, ``(4,)``."""
     advantages, largest = batch.advantages[batch.weights > 0], batch.reduction.largest_share
     bounds = [largest(advantages), largest(-advantages), largest(batch.old_values.abs())]
-    steps = torch.tensor(longest_recursion(buffer)).to(bounds[0])
-    most, least, value, longest = batch.reduction.largest_of(torch.stack([*bounds, steps])).tolist()
+    return torch.stack([*bounds, torch.tensor(longest_recursion(buffer)).to(bounds[0])])
+
+
+def _without_noise(batch: Batch, buffer: RolloutBuffer, bounds: torch.Tensor) -> Batch:
+    """See `without_noise`; ``bounds`` are those of all workers."""
+    most, least, value, longest = bounds.tolist()
     least = -least
     spread, magnitude = most - least, max(abs(most), abs(least)) + value
     rounding = rounding_of_advantages(
         magnitude,
         int(longest),
         decay=buffer.gamma * buffer.gae_lambda,
-        eps=torch.finfo(advantages.dtype).eps,
+        eps=torch.finfo(batch.advantages.dtype).eps,
     )
     # In accepting form: where something is not finite it is for others to say so.
     return replace(batch, advantages=torch.zeros_like(batch.advantages)) if spread <= rounding else batch

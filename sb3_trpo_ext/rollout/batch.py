@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
-from sb3_trpo_ext.core.reduction import ALONE, Reduction
+from sb3_trpo_ext.core.reduction import ALONE, Reduction, merged_moments
 from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
 
 
@@ -200,10 +200,15 @@ class Batch:
         """This part's share of the weighted mean of ``values`` ``(N,)`` over the whole batch."""
         return self.reduction.mean(values, self.weights)
 
-    def with_normalized_advantages(self) -> Batch:
-        """(Â - mean) / std over the samples of positive weight, with the unbiased standard deviation."""
+    def with_normalized_advantages(self, parts: Tensor | None = None) -> Batch:
+        """(Â - mean) / std over the samples of positive weight, with the unbiased standard deviation.
+
+        Args:
+            parts: `moments_here` of the advantages of each worker, ``(W, 4)``, if they have been told.
+        """
         if self.reduction.workers > 1:
-            mean, variance = self.reduction.moments(self.advantages, self.weights)
+            told = self.reduction.moments(self.advantages, self.weights) if parts is None else merged_moments(parts)
+            mean, variance = told
             advantages = (self.advantages.double() - mean) / (variance.sqrt() + 1e-8)
             return replace(self, advantages=advantages.to(self.advantages.dtype))
         total = self.reduction.total

@@ -73,11 +73,25 @@ class _Lane:
         tag: What they are told from others by; 0 for those of many sizes.
         is_used: Whether there has been one before.
         asked: Of which worker the next one has been asked for, where it is to be written, and what to wait for.
+        rooms: Where messages of each worker are written, in turns.
     """
 
     tag: int
     is_used: bool = False
     asked: list[tuple[int, Tensor, Any]] = field(default_factory=list)
+    rooms: list[dict[int, Tensor]] = field(default_factory=lambda: [{}, {}])
+
+    def room(self, source: int, like: Tensor) -> Tensor:
+        """Where the next message of a worker is to be written.
+
+        What the one before brought stays as it is until the next one is here and that after it is asked for.
+        """
+        if not self.tag:
+            return torch.empty_like(like)
+        room = self.rooms[0].get(source)
+        if room is None:
+            self.rooms[0][source] = room = torch.empty_like(like)
+        return room
 
 
 class ProcessGroup:
@@ -226,7 +240,8 @@ class ProcessGroup:
         lane = self._lanes.get(key, _Lane(tag=0))
 
         def ask() -> list[tuple[int, Tensor, Any]]:
-            places = [(source, torch.empty_like(mine)) for source in sources]
+            places = [(source, lane.room(source, mine)) for source in sources]
+            lane.rooms.reverse()
             return [(source, place, group.recv([place], source, lane.tag)) for source, place in places]
 
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend, gradient_norm
 from sb3_trpo_ext.core.parameters import gradient, trainable
-from sb3_trpo_ext.core.reduction import ALONE
+from sb3_trpo_ext.core.reduction import ALONE, moments_here
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
@@ -29,8 +29,9 @@ from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutp
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
 from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.buffers import minibatches, order_of_epoch, whole_rollout
+from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
+from sb3_trpo_ext.rollout.sequences import SequenceBatch
 from sb3_trpo_ext.training.action_values import advantages_of_all
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
@@ -120,6 +121,7 @@ class AutogradSteps:
     def __init__(self, model: FirstOrderAlgorithm) -> None:
         self._model = model
         self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy)
+        self._before = self._told = torch.empty(0)
 
     def __enter__(self) -> AutogradSteps:
         """Begin."""
@@ -139,24 +141,63 @@ class AutogradSteps:
         means: list[float] = torch.stack(list(record.values())).tolist()
         return means
 
+    def ahead(self, parts: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Callable[[], Batch]]]:
+        """Minibatches of several workers, with the advantages that the loss is to see.
+
+        What workers have to tell each other of a minibatch before any of them can look at it goes in the message that
+        they have anyway about the one before.
+        """
+        rest = (part for part, _ in parts)
+        part: Batch | None = next(rest)
+        assert part is not None  # there is one at least
+        told = self._model.reduction.gather(self._to_tell(part))
+        while part is not None:
+            following = next(rest, None)
+            self._before = torch.zeros_like(told[:4]) if following is None else self._to_tell(following)
+            part = self._standardized(part, told)
+            yield part, partial(replace, part)
+            part, told = following, self._told
+
+    @staticmethod
+    def _to_tell(part: Batch) -> Tensor:
+        """What is to be known of a minibatch's advantages."""
+        return moments_here(part.advantages)
+
+    def _standardized(self, part: Batch, told: Tensor) -> Batch:
+        if not (self._model.normalize_advantage and part.reduction.count(len(part)) > 1):
+            return part
+        moments = told.view(part.reduction.workers, -1)
+        return replace(part, advantages=part.reduction.standardized(part.advantages, moments))
+
     def _look_together(self, part: Batch) -> list[float]:
-        """The same, of workers' shares; where the policy of one of them has diverged, all of them say so."""
-        reduction, shares, diverged = self._model.reduction, torch.zeros(6), torch.zeros(1)
+        """The same, of workers' shares; where the policy of one of them has diverged, all of them say so.
+
+        One message: the gradient goes along, which nobody may need.
+        """
+        reduction, shares, diverged = self._model.reduction, torch.zeros(6), 0.0
+        gradients = None
         try:
             actor_loss, critic_loss, record = self._model.loss_on(part)
-            self._loss, shares = actor_loss + critic_loss, torch.stack(list(record.values()))
+            shares = torch.stack(list(record.values()))
+            gradients = self._optimizer.gradients(actor_loss + critic_loss)
         except PolicyDivergedError:
-            diverged += 1.0
-        _, means, diverged = reduction.totals([], shares, diverged.to(shares))
-        if bool(diverged):
+            diverged = 1.0
+        gradients = self._optimizer.no_gradients() if gradients is None else gradients
+        numbers = shares.new_tensor([diverged])
+        self._gradients, means, diverged_somewhere, self._told = reduction.totals_and_parts(
+            gradients, shares, numbers, self._before
+        )
+        if bool(diverged_somewhere):
             raise PolicyDivergedError(NOT_A_DISTRIBUTION)
-        numbers: list[float] = means.tolist()
-        return numbers
+        found: list[float] = means.tolist()
+        return found
 
     def descend(self, max_norm: float) -> bool:
         """Step along the gradient at the minibatch just looked at; False, and nothing has moved, if not finite."""
+        if self._model.reduction.workers > 1:
+            return self._optimizer.descend_along(self._gradients, max_norm)
         loss, self._loss = self._loss, torch.empty(0)
-        return self._optimizer.descend(loss, max_norm, reduction=self._model.reduction)
+        return self._optimizer.descend(loss, max_norm)
 
 
 @dataclass(frozen=True)
@@ -210,6 +251,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         self._refuse(kwargs)
         super().__init__(policy, env, **kwargs)
         self.critic = critic
+        self._advantage_scale = 1.0
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range_vf = clip_range_vf
@@ -396,9 +438,14 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         self.policy.set_training_mode(True)
         statistics["approx_kl"] = []  # SB3 logs the mean over the last epoch alone
         records: list[list[float]] = []
+        if self.surrogate == "expected" and self.normalize_advantage:
+            self._advantage_scale = self._deviation_over_actions(batch)
         within_target, unusable = True, None
         with self._steps() as steps:
-            for part, samples in self._minibatches(batch):
+            parts = self._minibatches(batch)
+            if isinstance(steps, AutogradSteps) and self.reduction.workers > 1:
+                parts = steps.ahead(parts)
+            for part, samples in parts:
                 records.append(steps.look_at(part))
                 if self._exceeds_target(records[-1][0], epoch):
                     within_target = False
@@ -421,13 +468,19 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             size = self._minibatch_share()
             parts = Minibatch.of_epoch(seen, size, standardize=self.normalize_advantage)
             for minibatch, rows in zip(parts, order.split(size), strict=True):
-                yield minibatch, partial(batch.__getitem__, rows)
+                yield minibatch, partial(self._samples, batch, rows, minibatch)
             return
-        silent = not has_signal(batch)
+        own = type(self.rollout_buffer) not in VIEWED_BUFFERS and not isinstance(batch, SequenceBatch)
+        silent = own and not has_signal(batch)
         for part in minibatches(self.rollout_buffer, batch, self._minibatch_share(), self.action_space):
             if silent:  # a buffer of another kind deals out its own advantages
                 part = replace(part, advantages=torch.zeros_like(part.advantages))
             yield part, partial(replace, part)
+
+    def _samples(self, batch: Batch, rows: Tensor, minibatch: Minibatch) -> Batch:
+        """The samples of a minibatch, as `_losses` is to see them."""
+        part = batch[rows]
+        return part if batch.reduction.workers == 1 else replace(part, advantages=torch.tensor(minibatch.advantages))
 
     def _steps(self) -> MinibatchSteps | AutogradSteps:
         """How an epoch's steps are taken."""
@@ -497,8 +550,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             policy_loss, statistic = self._policy_loss(part, *self._of_all_actions(part, action_values.detach()))
         else:
             advantages = part.advantages
-            if self.normalize_advantage and part.reduction.count(len(advantages)) > 1:
-                advantages = part.reduction.standardized(advantages)
+            if self.normalize_advantage and part.reduction.count(len(advantages)) > 1 and part.reduction.workers == 1:
+                advantages = part.reduction.standardized(advantages)  # those of several workers have been by `ahead`
             policy_loss, statistic = self._policy_loss(part, ratio, advantages)
         value_loss = mean((part.returns - self._clipped_values(values, part.old_values)).square())
         entropy_loss = -mean(-log_prob if entropy is None else entropy)
@@ -521,16 +574,23 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _of_all_actions(self, part: Batch, action_values: Tensor) -> tuple[Tensor, Tensor]:
         """Ratios and advantages of all actions, ``(N, K)`` each, on a minibatch that the policy was just run on.
 
-        A(s,·) = Q(s,·) - Σ_a π_old(a|s) Q(s,a) is that of the critic as the epochs have left it; under π_old its mean
-        is zero, and E[Σ_a π_old A²] its variance.
+        A(s,·) = Q(s,·) - Σ_a π_old(a|s) Q(s,a) is that of the critic as the steps have left it.
         """
         assert part.old_z is not None  # see _prepared: log π_old
-        advantages = advantages_of_all(action_values, part.old_z.exp())
-        if self.normalize_advantage:
-            variance = part.reduction.total(part.reduction.mean(part.over_actions(advantages.square())))
-            advantages = advantages / (variance.sqrt() + 1e-8)
+        advantages = advantages_of_all(action_values, part.old_z.exp()) / self._advantage_scale
         log_prob = PolicyOutput.after_evaluation(self.policy, part).z
         return torch.exp(log_prob - part.old_z), advantages
+
+    @torch.no_grad()
+    def _deviation_over_actions(self, batch: Batch) -> float:
+        """The standard deviation of A over states and π_old, whose mean is zero: √E[Σ_a π_old A²]."""
+        policy: Any = self.policy
+        shares = []
+        for part in batch.split(self.batch_size):
+            assert part.old_z is not None  # see _prepared: log π_old
+            advantages = advantages_of_all(policy.action_values(part.inputs), part.old_z.exp())
+            shares.append(part.mean(part.over_actions(advantages.square())))
+        return math.sqrt(batch.reduction.number(torch.stack(shares).sum())) + 1e-8
 
     def _clipped_values(self, values: Tensor, old_values: Tensor) -> Tensor:
         if self.clip_range_vf is None:

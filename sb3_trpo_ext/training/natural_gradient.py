@@ -23,7 +23,7 @@ from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
-from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, without_noise
+from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, normalized_signal, without_noise
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
@@ -215,8 +215,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         if self.surrogate == "expected":
             seen = self._with_action_advantages(seen, chunk_size, standardize=self.normalize_advantage)
         else:
-            seen = without_noise(seen, self.rollout_buffer)
-            seen = seen.with_normalized_advantages() if self.normalize_advantage else seen
+            prepare = normalized_signal if self.normalize_advantage else without_noise
+            seen = prepare(seen, self.rollout_buffer)
         return PolicyProblem(
             self._plain_policy or self.policy,
             seen,

@@ -62,7 +62,8 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
     Args:
         policy: As in SB3.
         env: As in SB3.
-        distributed: Whether to train together with the other processes that ``torchrun`` started, if it did.
+        distributed: Whether to train together with the other processes that ``torchrun`` started, if it did. One that
+            it started alone trains bit for bit as without it.
         **kwargs: As in SB3.
     """
 

@@ -9,6 +9,7 @@ import runpy
 import sys
 from contextlib import ExitStack, redirect_stdout
 from typing import Any
+from unittest.mock import patch
 
 from sb3_trpo_ext.zoo.registry import ALGORITHMS, register
 
@@ -77,6 +78,8 @@ def run(program: str) -> None:
     with ExitStack() as stack:
         if int(os.environ.get("RANK", "0")) and "WORLD_SIZE" in os.environ:  # what it prints is what the first one does
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            # ``--track``: of one run there is one record, the first one's.
+            stack.enter_context(patch.dict(os.environ, WANDB_MODE="disabled"))
         if program in HUB:
             from sb3_trpo_ext.zoo.hub import working_hub
 

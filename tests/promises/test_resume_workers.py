@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,29 @@ os.write(1, f"\\nDONE {said}\\n".encode())  # at once, beside what the others wr
 """
 
 
+ELASTIC = """
+import pathlib, signal, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+import sb3_trpo_ext.recurrent  # here, and not in each worker
+import stable_baselines3.common.env_util
+
+script, workers, restarts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+program = compile(pathlib.Path(script).read_text(), script, "exec")
+
+def work(arguments):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is the launcher's own otherwise
+    sys.argv = [script, *arguments]
+    exec(program, {"__name__": "__main__", "__file__": script})
+
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=workers, max_restarts=restarts, monitor_interval=0.05,
+    rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+)
+elastic_launch(config, work)(sys.argv[4:])
+"""
+"""What torchrun does, but for workers that are forked: they have imported what takes seconds to import."""
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
@@ -48,6 +73,14 @@ def launch(script: Path, *arguments: str, workers: int, restarts: int = 0) -> su
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     torchrun += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     command = [sys.executable, *(torchrun if workers > 1 else []), str(script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch_forked(script: Path, *arguments: str, workers: int, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = script.parent / "elastic.py"
+    launcher.write_text(ELASTIC)
+    command = [sys.executable, str(launcher), str(script), str(workers), str(restarts), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -88,6 +121,44 @@ def test_a_killed_worker_changes_nothing(kind: str, script: Path, tmp_path: Path
     found = finished(killed)
     (whole,) = {*finished(launch(script, kind, steps, "-", workers=3))}
     assert found == [whole] * 3
+
+
+def test_one_worker_is_a_process_without_torchrun(script: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    half = launch_forked(script, "TRPO", "640", folder, workers=1)
+    whole = [start(script, "TRPO", "1280", "-", workers=1) for start in (launch, launch_forked)]
+    finished(half)
+    resumed = launch(script, "TRPO", "1280", folder, workers=1)  # the other one's checkpoint
+    told = [finished(run) for run in (*whole, resumed)]
+    assert told == [told[0]] * 3 and len(told[0]) == 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(script: Path, tmp_path: Path) -> None:
+    folder, steps, kills = tmp_path / "run", "15360", 20
+    whole = launch_forked(script, "TRPO", steps, "-", workers=3)
+    while len(workers_of(script)) < 3 and whole.poll() is None:
+        time.sleep(0.01)
+    start = time.monotonic()
+    (expected,) = {*finished(whole)}
+    seconds, moments, done = time.monotonic() - start, random.Random(16), 0
+    before = {*workers_of(script)}
+    killed = launch_forked(script, "TRPO", steps, str(folder), workers=3, restarts=kills)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(finished, killed)
+        while done < kills and not found.done():
+            running = sorted({*workers_of(script)} - before)
+            if len(running) < 3:
+                time.sleep(0.005)
+                continue
+            time.sleep(moments.uniform(0.0, seconds / 12))
+            victim = moments.choice(running)
+            if is_running(victim):
+                os.kill(victim, signal.SIGKILL)
+                done += 1
+            before |= {*running}
+        assert found.result() == [expected] * 3
+    assert done == kills
 
 
 def test_another_number_of_workers_goes_on_with_what_was_learnt(script: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from sb3_trpo_ext.policy import problem
 from sb3_trpo_ext.rollout.worker_envs import merged
 from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
+from sb3_trpo_ext.zoo import cli
 
 RANKS = 3
 """With two, every sum is the same in either order."""
@@ -290,6 +291,51 @@ def test_all_workers_have_the_same_model_after_five_updates(ranks: Ranks, form: 
     assert not np.array_equal(found[0][1], found[1][1]) and not np.array_equal(found[1][1], found[2][1])
     if form in ("trpo", "ppo", "trpo-sde"):
         np.testing.assert_array_equal(ranks(five_updates, form)[0][0], found[0][0])
+
+
+def told_in_turn(rank: int) -> list[list[float]]:
+    group, found = ProcessGroup.of_this_process(), []
+    assert group is not None
+    with group.together():
+        for turn in range(12):
+            parts = group.all_gather(torch.full((5,), 100.0 * turn + rank))
+            time.sleep(0.02 * (turn % RANKS == rank))  # while the others go on to the next one
+            found.append([float(part[0]) for part in parts])
+    return found
+
+
+def test_what_was_told_holds_until_the_next_message(ranks: Ranks) -> None:
+    expected = [[100.0 * turn + rank for rank in range(RANKS)] for turn in range(12)]
+    assert ranks(told_in_turn) == [expected] * RANKS
+
+
+def messages_of(rank: int, form: str, options: dict[str, Any]) -> tuple[int, int]:
+    model = learner(form, **options)
+    sent: list[int] = []
+
+    class Count(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            sent.append(model.logger.name_to_value.get("train/messages", 0))
+
+    model.learn(3 * STEPS * 2 * RANKS, every_rank(Count()), log_interval=100)
+    return sent[-1], model._n_updates
+
+
+@pytest.mark.parametrize("form", ["ppo", "ppo-recurrent"])
+@pytest.mark.parametrize("fast_updates", [True, False])
+def test_a_minibatch_takes_one_message(ranks: Ranks, form: str, fast_updates: bool) -> None:
+    options = {"fast_updates": fast_updates, "batch_size": 24}
+    two, four = (ranks(messages_of, form, {**options, "n_epochs": n_epochs})[0][0] for n_epochs in (2, 4))
+    minibatches = STEPS * 2 * RANKS // 24
+    assert four - two == 2 * (minibatches + 1)  # and that of the advantages
+
+
+def test_an_update_of_trpo_takes_few_messages(ranks: Ranks) -> None:
+    (messages, _), *others = ranks(messages_of, "trpo", {})
+    assert messages <= 11 and all(other == messages for other, _ in others)
 
 
 # One of them fails.
@@ -842,6 +888,17 @@ def test_the_zoo_makes_one_run_of_it(tmp_path: Path) -> None:
     assert {name for name in names if name.startswith("rl_")} == {"rl_model_600_steps.zip", "rl_model_1200_steps.zip"}
     assert len(list((tmp_path / "tb").rglob("events*"))) == 1
     assert TRPO.load(run / "CartPole-v1.zip").num_timesteps == 1500
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_run_is_recorded_by_the_first_rank_alone(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(cli.runpy, "run_module", lambda *_, **__: modes.append(os.environ.get("WANDB_MODE")))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    cli.run("train")
+    assert modes == ["disabled" if rank else None] and "WANDB_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("already", [0, 1000])

@@ -201,19 +201,20 @@ class ActionValueAlgorithm(ResumableAlgorithm):
         Under π_old their mean is zero in every state, so that the deviation is the square root of E[Σ_a π_old A²].
         """
         policy: Any = self.policy
-        parts, squares, largest = [], [], []
+        reduction, parts, squares, largest = batch.reduction, [], [], []
         for part in batch.split(chunk_size):
             values, masses = policy.action_values(part.inputs), policy.probabilities(part.inputs, part.action_masks)
             advantages = advantages_of_all(values, masses)
             parts.append(advantages)
             squares.append(part.mean((masses * advantages.square()).sum(dim=1)))
-            largest.append(torch.stack([advantages.abs().max(), values.abs().max()]))
-        most, magnitude = batch.reduction.largest_of(torch.stack(largest).amax(dim=0)).tolist()
+            largest.append(torch.stack([reduction.largest_share(each.abs()) for each in (advantages, values)]))
+        _, variance, bounds = reduction.totals([], torch.stack(squares).sum()[None], torch.stack(largest).amax(dim=0))
+        most, magnitude = bounds.tolist()
         advantages = torch.cat(parts)
         if most <= ROUNDING * magnitude:  # in accepting form: what is not finite others will say
             advantages = torch.zeros_like(advantages)
         elif standardize:
-            advantages = advantages / (batch.reduction.total(torch.stack(squares).sum()).sqrt() + 1e-8)
+            advantages = advantages / (variance.sqrt() + 1e-8)
         return replace(batch, action_advantages=advantages)
 
 

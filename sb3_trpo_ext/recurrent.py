@@ -98,7 +98,8 @@ class RecurrentTRPO(TRPO, RecurrentRollouts):  # type: ignore[misc]  # narrower 
             ``RecurrentActorCriticPolicy``. ``policy_kwargs``: ``lstm_hidden_size``, ``n_lstm_layers``,
             ``shared_lstm``, ``enable_critic_lstm``, ``lstm_kwargs``.
         env: The environment, or its Gymnasium id.
-        others: Those of `TRPO`, but for ``rollout_buffer_class``, ``rollout_buffer_kwargs`` and ``sample_reuse``.
+        others: Those of `TRPO`, but for ``rollout_buffer_class``, ``rollout_buffer_kwargs``, ``sample_reuse`` and the
+            ``n_rollouts`` of the critic.
 
     Raises:
         ValueError: If an argument is out of range, or a rollout buffer is chosen.

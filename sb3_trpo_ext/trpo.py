@@ -14,12 +14,11 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_fraction, check_integer, check_number
 from sb3_trpo_ext.core.natural_step import Acceptance, backtrack
 from sb3_trpo_ext.core.objectives import theoretical_penalty
-from sb3_trpo_ext.core.parameters import flatten
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.policy.regions import LargestRegion, MeanRegion, Penalty
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS
-from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined, shared_radius
+from sb3_trpo_ext.rollout.past_rollouts import shared_radius
 from sb3_trpo_ext.training.arguments import check_rollout_size
 from sb3_trpo_ext.training.natural_gradient import NaturalGradientAlgorithm, PolicyStep
 from sb3_trpo_ext.training.transaction import Attributes, Restorable
@@ -73,10 +72,13 @@ class TRPO(NaturalGradientAlgorithm):
             ``"action_value"`` gives the policy a value for each of its Discrete actions, Q(s,·) in place of V(s)
             (`ActionValues`), regressed on the λ-returns of the actions taken; ``gae_lambda=0`` is the lecture's step.
             ``"semi_gradient"`` takes the lecture's steps along the temporal differences instead (`SemiGradientCritic`).
-        critic_kwargs: Further arguments of the Gauss-Newton critic: ``damping``, ``cg_steps``, ``n_iterations``,
-            ``max_backtracks``, ``curvature_samples``. The longer the horizon, the smaller the differences between
-            actions beside the value: for γ near one solve it further (``damping`` 1e-4, ``cg_steps`` 30,
-            ``n_iterations`` 3, ``curvature_samples`` None), as the entry of Swimmer-v5 in ``zoo/hyperparams`` does.
+        critic_kwargs: Further arguments of the critic. ``n_rollouts``, of both: M, it is fitted on the last M rollouts,
+            those before the newest with the targets of V-trace for the policy as it is (`GaussNewtonCritic` says what
+            that costs and keeps; not for recurrent policies or rollout buffers of one's own). Of the Gauss-Newton
+            critic: ``damping``, ``cg_steps``, ``n_iterations``, ``max_backtracks``, ``curvature_samples``. The longer
+            the horizon, the smaller the differences between actions beside the value: for γ near one solve it further
+            (``damping`` 1e-4, ``cg_steps`` 30, ``n_iterations`` 3, ``curvature_samples`` None), as the entry of
+            Swimmer-v5 in ``zoo/hyperparams`` does.
             Of action values ``fit`` names how they are fitted, ``"auto"``, ``"gauss_newton"`` (by default with
             ``damping`` 1e-3, ``cg_steps`` 20, ``n_iterations`` 2, ``curvature_samples`` None), ``"adam"`` or
             ``"semi_gradient"``, and the others are arguments of that.
@@ -218,10 +220,8 @@ class TRPO(NaturalGradientAlgorithm):
         self.kl_penalty = kl_penalty
         self.momentum = momentum
         self.sample_reuse = sample_reuse
-        self._past_rollouts: tuple[PastRollout, ...] = ()
         self.final_n_steps = final_n_steps
         self.gradient_memory: np.ndarray | None = None
-        self._theta_left: Tensor | None = None
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.line_search_accept_ratio = line_search_accept_ratio
@@ -272,33 +272,24 @@ class TRPO(NaturalGradientAlgorithm):
         return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts", "_theta_left"))
+        return (*super()._checkpoints(), Attributes(self, "gradient_memory"))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_past_rollouts", "gradient_memory", "_theta_left"]
+        return [*super()._excluded_save_params(), "gradient_memory"]
 
     def _shared_attributes(self) -> tuple[str, ...]:
-        return (*super()._shared_attributes(), "gradient_memory", "_theta_left")
-
-    def _forget(self) -> None:
-        """Drop momentum and past rollouts too.
-
-        The ratios to an earlier policy stay defined when the parameters are replaced, but `shared_radius` counts on
-        policies that are a few steps apart, and momentum on a gradient that has hardly turned.
-        """
-        super()._forget()
-        self._forget_past_updates()
+        return (*super()._shared_attributes(), "gradient_memory")
 
     def _forget_past_updates(self) -> None:
-        self.gradient_memory, self._past_rollouts, self._theta_left = None, (), None
+        """Drop momentum too, which counts on a gradient that has hardly turned."""
+        super()._forget_past_updates()
+        self.gradient_memory = None
 
-    def _forget_rollouts(self) -> None:
-        super()._forget_rollouts()
-        self._past_rollouts = ()
+    def _rollouts_seen(self) -> int:
+        return max(self.sample_reuse, super()._rollouts_seen())
 
-    def _theta(self) -> Tensor:
-        """All parameters as they are."""
-        return flatten(list(self.policy.parameters())).detach()
+    def _remembers(self) -> bool:
+        return bool(self.momentum) or super()._remembers()
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
@@ -347,39 +338,9 @@ class TRPO(NaturalGradientAlgorithm):
         kind = LargestRegion if self.trust_region == "max" else MeanRegion
         return kind(self.trust_region_radius())
 
-    def _begin_update(self) -> None:
-        """Forget past updates of another policy, or of parameters that were not left by an update."""
-        super()._begin_update()
-        if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
-            self._forget_past_updates()
-
     def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
-        past = [
-            rollout.seen_by(
-                self.policy,
-                discount=self.gamma,
-                trace_decay=self.gae_lambda,
-                chunk_size=chunk_size,
-                bootstrap=self.bootstrap,
-            )
-            for rollout in self._newest(self._past_rollouts)
-        ]
-        return joined([batch, *past])
-
-    def _keep(self, batch: Batch) -> None:
-        """Keep the rollout for the updates to come, and the ones before it that will still be used."""
-        self._theta_left = self._theta() if self.momentum or self.sample_reuse > 1 else None
-        if self.sample_reuse > 1:
-            assert self._last_episode_starts is not None  # since the rollout
-            following = self._last_obs, self._last_episode_starts, self._masks_after
-            newest = PastRollout.of(self.rollout_buffer, batch, *following)
-            self._past_rollouts = (*self._past_rollouts, newest)
-        self._past_rollouts = self._newest(self._past_rollouts)
-
-    def _newest(self, rollouts: tuple[PastRollout, ...]) -> tuple[PastRollout, ...]:
-        """Those that an update sees beside the present one, of which there are M - 1 at the most."""
-        return rollouts[max(len(rollouts) - self.sample_reuse + 1, 0) :]
+        return self._with_past(batch, self.sample_reuse, chunk_size)
 
     def _cures(self) -> str:
         cures = super()._cures()

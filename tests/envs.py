@@ -141,6 +141,20 @@ def dense_fisher(policy: Any, batch: Batch, params: list[Tensor]) -> Tensor:
     return torch.stack([flatten(torch.autograd.grad(each, params, retain_graph=True)) for each in slope])
 
 
+def v_trace(
+    rewards: Tensor, values: Tensor, continues: Tensor, ratios: Tensor, *, discount: float, decay: float
+) -> Tensor:
+    """V-trace targets as the sum of their definition, ``(T, E)``; values are ``(T + 1, E)`` (Espeholt et al. 2018)."""
+    rho, traces = ratios.clamp(max=1.0), decay * ratios.clamp(max=1.0)
+    deltas = rho * (rewards + discount * continues * values[1:] - values[:-1])
+    targets = values[:-1].clone()
+    for start in range(len(rewards)):
+        for step in range(start, len(rewards)):
+            reached = (continues * traces)[start:step].prod(dim=0)
+            targets[start] += discount ** (step - start) * reached * deltas[step]
+    return targets
+
+
 def in_float64(model: Any) -> Any:
     """Let a model's policy compute in float64 (SB3 casts observations to float32)."""
     model.policy.double()

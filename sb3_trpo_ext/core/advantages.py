@@ -48,6 +48,21 @@ def trace_advantages(
     return advantages
 
 
+def trace_targets(values: Tensor, advantages: Tensor, ratios: Tensor) -> Tensor:
+    """Targets of V for π from trajectories of μ: V-trace, with ρ̄ = 1 and c = λ·min(1, π/μ).
+
+    v_t = V(s_t) + Σ_{j>=0} γ^j (Π_{i<j} c_{t+i}) ρ_{t+j} δ_{t+j} with ρ_t = min(1, π(a_t|s_t)/μ(a_t|s_t)), which is
+    V(s_t) + ρ_t A_t of `trace_advantages`. Where π = μ they are the λ-returns A + V (Espeholt et al. 2018, equation 1
+    and remark 2, https://arxiv.org/abs/1802.01561).
+
+    Args:
+        values: V, of any shape.
+        advantages: A of `trace_advantages`, of the same shape.
+        ratios: π(a|s)/μ(a|s), likewise.
+    """
+    return values + ratios.clamp(max=1.0) * advantages
+
+
 def rounding_of_advantages(magnitude: float, steps: int, *, decay: float, eps: float) -> float:
     """How far apart rounding alone can set advantages Â_t = δ_t + γλ Â_{t+1} that are all equal.
 

@@ -45,8 +45,8 @@ def make_critic(critic: str | type[Critic], kwargs: dict[str, Any]) -> Critic:
         return kind(**kwargs)
     except TypeError as error:
         of_adam = (
-            " The Adam critic has none: use `learning_rate`, `batch_size` and `n_critic_updates`, or pass "
-            "critic='gauss_newton'."
+            " The Adam critic has none but `n_rollouts`: use `learning_rate`, `batch_size` and `n_critic_updates`, or "
+            "pass critic='gauss_newton'."
         )
         raise ValueError(
             f"`critic_kwargs` must be arguments of {kind.__name__}, got {kwargs!r} with critic={critic!r}: {error}."

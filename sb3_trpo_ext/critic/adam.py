@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sb3_trpo_ext.core.arguments import check_integer
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend
 from sb3_trpo_ext.core.parameters import trainable
-from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction
 from sb3_trpo_ext.policy.perceptron import Perceptron
 from sb3_trpo_ext.rollout.action_values import of_taken
 
@@ -18,7 +19,15 @@ class AdamCritic(Critic):
     Torch's Adam runs on one flat vector, as one fused kernel where torch has one, for a V of plain layers without
     autograd. Its settings are the model's own arguments ``learning_rate``, ``batch_size`` and ``n_critic_updates``; its
     state is the optimiser's, which the model keeps.
+
+    Args:
+        n_rollouts: M: every epoch sees the samples of the last M rollouts, and takes M times as many steps; see
+            `GaussNewtonCritic`.
     """
+
+    def __init__(self, *, n_rollouts: int = 1) -> None:
+        check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
+        self.n_rollouts = n_rollouts
 
     def fit(self, regression: Regression) -> float:
         """Run the epochs; the returned error is the mean over minibatches, each before its step."""

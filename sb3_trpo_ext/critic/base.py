@@ -25,14 +25,18 @@ from sb3_trpo_ext.rollout.past_rollouts import PastRollout
 KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 """Policies whose V goes from the critic's features through its MLP."""
 
+ONE_ROLLOUT = "1 fits every rollout by itself."
+"""Advice about a number of rollouts that is none."""
+
 
 @dataclass(frozen=True)
 class Regression:
-    """What a critic is asked to do: fit V(s), or Q(s,a) of the actions taken, to the returns R of one rollout.
+    """What a critic is asked to do: fit V(s), or Q(s,a) of the actions taken, to the returns R of its samples.
 
     Attributes:
         policy: The policy; ``policy.optimizer`` has the learning rate in force.
-        batch: The samples of the rollout.
+        batch: The samples of the newest rollout, and after them those of as many earlier ones as the critic is fitted
+            on besides (`Critic.n_rollouts`), with the returns that these have for the policy as it is now.
         frozen: Parameters that must stay as they are: the actor's.
         minibatches: One epoch of minibatches of `batch`, or of that with other observations.
         epochs: The model's ``n_critic_updates``.
@@ -40,8 +44,8 @@ class Regression:
         chunk_size: Most samples in one forward pass; None for all at once.
         minibatches_are_parts: Whether they are cut from what they are given; a buffer of the user's deals out its own.
         plain: What stands for a policy of plain layers; None for another, or to ask the policy itself.
-        trajectories: The rollout with its rewards and what followed it, in the order of the batch; None where the order
-            is not known.
+        trajectories: The newest rollout with its rewards and what followed it, in the order of the batch; None where
+            the order is not known.
         discount: γ.
         bootstrap: What is expected to follow a state: ``"expected"``, V(s), or ``"max"``, max_a Q(s,a).
     """
@@ -65,7 +69,13 @@ class Critic(ABC):
 
     A model makes one, from its ``critic`` and ``critic_kwargs``, and keeps it. What `state_dict` returns is saved and
     loaded with the model, and restored when an update is undone.
+
+    Attributes:
+        n_rollouts: M: the critic is fitted on the last M rollouts. The model keeps them: their samples are in
+            `Regression.batch`. 1 unless a critic says otherwise; what has no order or hidden states allows no more.
     """
+
+    n_rollouts: int = 1
 
     @abstractmethod
     def fit(self, regression: Regression) -> float:

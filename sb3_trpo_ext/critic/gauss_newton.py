@@ -14,7 +14,7 @@ from sb3_trpo_ext.core.arguments import check_integer, check_number, check_sampl
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
 from sb3_trpo_ext.core.parameters import flatten
-from sb3_trpo_ext.critic.base import Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction
 from sb3_trpo_ext.rollout.batch import Batch, fits
 
 
@@ -36,6 +36,12 @@ class GaussNewtonCritic(Critic):
         curvature_samples: Most samples that the matrix E[∇V ∇Vᵀ] is estimated from; None for all, ``"auto"`` for as
             many as the model's Fisher matrix.
         n_steps: What ``n_iterations`` was called before; None for that.
+        n_rollouts: M: V is fitted on the samples of the last M rollouts, each with the same weight. The newest keeps
+            its λ-returns; those before it have the targets of V-trace (`trace_targets`; Espeholt et al. 2018) for the
+            policy and the V of the moment of the fit, with what follows a time limit as it was valued when that was
+            reached. Observations and rewards keep the normalisation that they had. The model keeps the M - 1 rollouts
+            before the newest by reference, and joins copies of all M while it fits: memory for 2M rollouts at most.
+            They are forgotten with the policy or the environment that they belong to, and not saved with the model.
     """
 
     def __init__(
@@ -47,12 +53,14 @@ class GaussNewtonCritic(Critic):
         max_backtracks: int = 20,
         curvature_samples: int | Literal["auto"] | None = "auto",
         n_steps: int | None = None,
+        n_rollouts: int = 1,
     ) -> None:
         given = {"cg_steps": cg_steps, "n_iterations": n_iterations, "max_backtracks": max_backtracks}
         if n_steps is not None:
             given["n_steps"] = n_steps
         for name, value in given.items():
             check_integer(f"critic_kwargs['{name}']", value)
+        check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
         check_number("critic_kwargs['damping']", damping, positive=True)
         if curvature_samples != "auto":
             check_samples("critic_kwargs['curvature_samples']", curvature_samples)
@@ -60,6 +68,7 @@ class GaussNewtonCritic(Critic):
         self.cg_steps = cg_steps
         self.n_iterations = n_iterations if n_steps is None else n_steps
         self.max_backtracks = max_backtracks
+        self.n_rollouts = n_rollouts
         self.curvature_samples = curvature_samples
 
     def fit(self, regression: Regression) -> float:

@@ -112,7 +112,7 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
 
     Args:
         buffer: The full buffer.
-        batch: Its `whole_rollout`, or that with other observations.
+        batch: Its `whole_rollout`, or that with other observations, or with the samples of other rollouts after it.
         size: Samples in a minibatch; the last may be smaller.
         action_space: For buffers that are not viewed: those are asked by their ``get``.
     """
@@ -125,7 +125,7 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
         for data in buffer.get(size):
             yield _of_samples(data, buffer, action_space, batch.reduction)
         return
-    order = order_of_epoch(buffer)
+    order = order_of_epoch(buffer, len(batch))
     if batch.nbytes <= MOVED_AT_ONCE:
         yield from batch[order].split(size)
     else:
@@ -133,9 +133,16 @@ def minibatches(buffer: RolloutBuffer, batch: Batch, size: int, action_space: sp
             yield batch[part]
 
 
-def order_of_epoch(buffer: RolloutBuffer) -> Tensor:
-    """The order, drawn as ``get`` draws it, in which an epoch sees the samples of a `whole_rollout`."""
+def order_of_epoch(buffer: RolloutBuffer, samples: int | None = None) -> Tensor:
+    """The order, drawn as ``get`` draws it, in which an epoch sees the samples of a `whole_rollout`.
+
+    Args:
+        buffer: The buffer.
+        samples: How many there are, where those of other rollouts follow after them; None for the rollout alone.
+    """
     index = _env_major(buffer)
+    if samples is not None and samples > len(index):
+        index = np.concatenate([index, np.arange(len(index), samples)])
     return torch.from_numpy(index[np.random.permutation(len(index))])
 
 

@@ -13,8 +13,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
-from sb3_trpo_ext.core.advantages import trace_advantages
-from sb3_trpo_ext.rollout.action_values import Bootstrap, following_values
+from sb3_trpo_ext.core.advantages import trace_advantages, trace_targets
+from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, following_values
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import by_time
 
@@ -61,7 +61,11 @@ class PastRollout:
         chunk_size: int | None,
         bootstrap: Bootstrap = "expected",
     ) -> Batch:
-        """Its samples with the advantages that they have for the policy as it is now."""
+        """Its samples with the advantages and returns that they have for the policy as it is now.
+
+        Returns are the targets of V-trace for V(s), and for Q(s,a) those of the same traces from the next step on: the
+        action that the value is asked for was taken, whatever its probability is now.
+        """
         chunks = self.batch.split(chunk_size)
         parts = [part.evaluate_actions(policy)[:2] for part in chunks]
         values, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -70,16 +74,19 @@ class PastRollout:
         if bootstrap != "expected":
             expected = [bootstrap_values(policy, part, bootstrap) for part in chunks]
             bootstraps = torch.cat([*expected, last]).view(shape[0] + 1, shape[1])
+        ratios = torch.exp(log_prob - self.batch.old_log_prob)
         advantages = trace_advantages(
             torch.as_tensor(self.rewards).to(values),
             torch.cat([values, last]).view(shape[0] + 1, shape[1]),
             1.0 - torch.as_tensor(self.starts[1:]).to(values),
-            torch.exp(log_prob - self.batch.old_log_prob).view(shape),
+            ratios.view(shape),
             discount=discount,
             trace_decay=trace_decay,
             bootstraps=bootstraps,
-        )
-        return replace(self.batch, advantages=advantages.flatten())
+        ).flatten()
+        of_actions = isinstance(policy, ActionValues)
+        returns = values + advantages if of_actions else trace_targets(values, advantages, ratios)
+        return replace(self.batch, advantages=advantages, returns=returns)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
-from sb3_trpo_ext.core.parameters import gradient, leave_gradients, trainable
+from sb3_trpo_ext.core.parameters import flatten, gradient, leave_gradients, trainable
 from sb3_trpo_ext.critic import make_critic
-from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
@@ -27,10 +28,10 @@ from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, nor
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
-from sb3_trpo_ext.rollout.past_rollouts import PastRollout
+from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
-from sb3_trpo_ext.training.transaction import Restorable, StateCheckpoint
+from sb3_trpo_ext.training.transaction import Attributes, Restorable, StateCheckpoint
 
 ADAM_DEFAULTS = {"learning_rate": 1e-3, "batch_size": 128, "n_critic_updates": 10}
 """Defaults of the Adam critic's arguments, here and in sb3-contrib."""
@@ -105,6 +106,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.critic = critic
         self.critic_kwargs = critic_kwargs or {}
         self.n_critic_updates = n_critic_updates
+        self._past_rollouts: tuple[PastRollout, ...] = ()
+        self._theta_left: Tensor | None = None
 
     def _setup_model(self) -> None:
         self._critic_arguments = self._fit_of_critic()
@@ -120,6 +123,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         arguments = self._fit_of_critic()
         if arguments != self._critic_arguments:
             critic, state = make_critic(*arguments), self.value_critic.state_dict()
+            self._check_rollouts_of(critic)
             if state and type(critic) is type(self.value_critic):
                 critic.load_state_dict(state)
             self.value_critic, self._critic_arguments = critic, arguments
@@ -135,6 +139,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         if self.min_radius_used != "auto":
             check_share("min_radius_used", self.min_radius_used, hint="Pass 'auto' to choose by the action space.")
         check_samples("curvature_samples", self.curvature_samples)
+        self._check_rollouts_of(self.value_critic)
         if self.fisher_chunk_size not in ("auto", None):
             check_integer(
                 "fisher_chunk_size",
@@ -152,6 +157,23 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 )
             if self._critic_kind() == "adam":
                 check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
+
+    def _check_rollouts_of(self, critic: Critic) -> None:
+        """Raise `ValueError` if a critic asks for past rollouts that cannot be had."""
+        name, rollouts = "critic_kwargs['n_rollouts']", critic.n_rollouts
+        check_integer(name, rollouts, hint=ONE_ROLLOUT)
+        if rollouts == 1:
+            return
+        if issubclass(self.policy_class, RecurrentActorCriticPolicy):
+            raise ValueError(
+                f"`{name}` must be 1 for a recurrent policy, got {rollouts}: the hidden states of a past rollout are "
+                "those of the policy that made it. Leave it out."
+            )
+        if self.rollout_buffer_class not in (None, *VIEWED_BUFFERS):
+            raise ValueError(
+                f"`{name}` needs the arrays of SB3's own rollout buffers, got {rollouts} with "
+                f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
+            )
 
     def _critic_kind(self) -> str | type[Critic]:
         """How the critic is fitted: what ``"auto"`` stands for here, or what is asked for."""
@@ -186,7 +208,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
                 chunk_size = self._chunk_size(batch)
             if self.surrogate == "expected":  # which is made of what the critic has learnt of the rollout
-                self._fit_critic(record, self._regression(batch, self._actor(batch), chunk_size))
+                self._fit_critic(record, batch, self._actor(batch), chunk_size)
             with timed(record, "time/policy_s"):
                 problem = self._problem(batch, chunk_size)
                 step = self._policy_step_or_none(problem)
@@ -195,14 +217,16 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 actor = frozenset(problem.gradients)
                 del problem  # with what it keeps of π_old
             if self.surrogate == "sampled":  # Adam leaves the critic's gradients beside the actor's
-                self._fit_critic(record, self._regression(batch, actor, chunk_size))
+                self._fit_critic(record, batch, actor, chunk_size)
         self._keep(batch)
         self._n_updates += 1
         return Outcome(record, step.reason)
 
-    def _fit_critic(self, record: dict[str, float], regression: Regression) -> None:
+    def _fit_critic(
+        self, record: dict[str, float], batch: Batch, actor: frozenset[Any], chunk_size: int | None
+    ) -> None:
         with timed(record, "time/critic_s"):
-            record["train/value_loss"] = self.value_critic.fit(regression)
+            record["train/value_loss"] = self.value_critic.fit(self._regression(batch, actor, chunk_size))
 
     def _actor(self, batch: Batch) -> frozenset[Any]:
         """The parameters that the policy's output reaches."""
@@ -234,8 +258,64 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """The samples of the policy step, of a rollout that the critic sees as it is."""
         return batch
 
+    # What is remembered of past rollouts.
+
+    def _rollouts_seen(self) -> int:
+        """M: an update sees the last M rollouts, the present one among them."""
+        return self.value_critic.n_rollouts
+
+    def _remembers(self) -> bool:
+        """Whether what is remembered belongs to the policy that an update leaves."""
+        return self._rollouts_seen() > 1
+
+    def _with_past(self, batch: Batch, rollouts: int, chunk_size: int | None) -> Batch:
+        """The samples of the last ``rollouts``, the present one's first, those before as the policy sees them now."""
+        past = [
+            rollout.seen_by(
+                self.policy,
+                discount=self.gamma,
+                trace_decay=self.gae_lambda,
+                chunk_size=chunk_size,
+                bootstrap=self.bootstrap,
+            )
+            for rollout in _before_the_present(self._past_rollouts, rollouts)
+        ]
+        return joined([batch, *past])
+
     def _keep(self, batch: Batch) -> None:
-        """Keep of a rollout what later updates need."""
+        """Keep the rollout for the updates to come, and the ones before it that will still be used."""
+        seen = self._rollouts_seen()
+        self._theta_left = self._theta() if self._remembers() else None
+        newest = self._trajectories(batch) if seen > 1 else None
+        if newest is not None:
+            self._past_rollouts = (*self._past_rollouts, newest)
+        self._past_rollouts = _before_the_present(self._past_rollouts, seen)
+
+    def _theta(self) -> Tensor:
+        """All parameters as they are."""
+        return flatten(list(self.policy.parameters())).detach()
+
+    def _begin_update(self) -> None:
+        """Forget past updates of another policy, or of parameters that were not left by an update."""
+        super()._begin_update()
+        if self._theta_left is not None and not torch.equal(self._theta_left, self._theta()):
+            self._forget_past_updates()
+
+    def _forget(self) -> None:
+        """Drop past rollouts too.
+
+        The ratios to an earlier policy stay defined when the parameters are replaced, but `shared_radius` counts on
+        policies that are a few steps apart, as traces do that are not to be cut at once.
+        """
+        super()._forget()
+        self._forget_past_updates()
+
+    def _forget_past_updates(self) -> None:
+        self._past_rollouts, self._theta_left = (), None
+
+    def _forget_rollouts(self) -> None:
+        super()._forget_rollouts()
+        self._past_rollouts = ()
 
     def _policy_step_or_none(self, problem: PolicyProblem) -> PolicyStep:
         """The step of the policy, or why there is nothing for one to follow."""
@@ -290,7 +370,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
         return Regression(
             policy=self.policy,
-            batch=batch,
+            batch=self._with_past(batch, self.value_critic.n_rollouts, chunk_size),
             frozen=actor,
             minibatches=epoch,
             epochs=self.n_critic_updates,
@@ -314,10 +394,15 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         return type(self.value_critic) is not GaussNewtonCritic  # as for the policy: one gradient, one direction
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
-        return *super()._checkpoints(), StateCheckpoint(self.value_critic)
+        remembered = Attributes(self, "_past_rollouts", "_theta_left")
+        return *super()._checkpoints(), StateCheckpoint(self.value_critic), remembered
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "value_critic", "_critic_arguments"]
+        own = ("value_critic", "_critic_arguments", "_past_rollouts", "_theta_left")
+        return [*super()._excluded_save_params(), *own]
+
+    def _shared_attributes(self) -> tuple[str, ...]:
+        return (*super()._shared_attributes(), "_theta_left")
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         states, tensors = super()._get_torch_save_params()
@@ -341,3 +426,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             "train/cg_steps": cg.steps if cg else 0,
             "train/cg_residual": cg.residual if cg else 0.0,
         }
+
+
+def _before_the_present(rollouts: tuple[PastRollout, ...], seen: int) -> tuple[PastRollout, ...]:
+    """Of past rollouts those that an update sees beside the present one, ``seen - 1`` at the most."""
+    return rollouts[max(len(rollouts) - seen + 1, 0) :]

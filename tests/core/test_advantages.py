@@ -1,11 +1,12 @@
 import numpy as np
 import torch
+from envs import v_trace
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_trpo_ext.core.advantages import trace_advantages
+from sb3_trpo_ext.core.advantages import trace_advantages, trace_targets
 
 
 def trajectories(seed: int, steps: int, envs: int) -> dict[str, torch.Tensor]:
@@ -62,3 +63,22 @@ def test_a_large_ratio_counts_as_one_and_a_small_one_cuts() -> None:
     torch.testing.assert_close(large, on_policy)
     cut = trace_advantages(**given_ | {"ratios": torch.zeros(5, 1)}, discount=0.9, trace_decay=0.8)
     torch.testing.assert_close(cut, given_["rewards"] + 0.9 * given_["values"][1:] - given_["values"][:-1])
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), steps=st.integers(1, 12), discount=st.floats(0, 1), decay=st.floats(0, 1))
+def test_targets_of_values_are_those_of_v_trace(seed: int, steps: int, discount: float, decay: float) -> None:
+    given_ = trajectories(seed, steps, 2)
+    advantages = trace_advantages(**given_, discount=discount, trace_decay=decay)
+    found = trace_targets(given_["values"][:-1], advantages, given_["ratios"])
+    expected = v_trace(**given_, discount=discount, decay=decay)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_targets_of_values_are_the_returns_on_policy_and_the_values_where_nothing_is_likely_now() -> None:
+    given_ = trajectories(2, 9, 2)
+    for ratio, expected in ((1.0, None), (0.0, given_["values"][:-1])):
+        ratios = torch.full_like(given_["ratios"], ratio)
+        advantages = trace_advantages(**given_ | {"ratios": ratios}, discount=0.9, trace_decay=0.8)
+        targets = trace_targets(given_["values"][:-1], advantages, ratios)
+        torch.testing.assert_close(targets, given_["values"][:-1] + advantages if expected is None else expected)

@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1.0}),
     "ppo-rolled-back": (PPOClip, {**SMALL, "batch_size": 4, "n_epochs": 2, "max_kl": 1e-9}),
     "max": (TRPO, {**SMALL, "cg_max_steps": 3, "trust_region": "max"}),
+    "critic-of-two": (TRPO, {**SMALL, "cg_max_steps": 2, "critic_kwargs": {"cg_steps": 2, "n_rollouts": 2}}),
     "npg": (NPG, {**SMALL, "cg_max_steps": 3}),
     "ppo-penalty": (PPOPenalty, {**SMALL, "batch_size": 4, "n_epochs": 2, "target_kl": 1e-9}),
     "recurrent": (RecurrentTRPO, {**SMALL, "cg_max_steps": 2}),

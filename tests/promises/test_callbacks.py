@@ -168,6 +168,7 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo": (TRPO, {}),
     "adam": (TRPO, {"critic": "adam", "batch_size": 16}),
     "reuse": (TRPO, {"sample_reuse": 3}),
+    "critic of two": (TRPO, {"critic": "adam", "batch_size": 16, "critic_kwargs": {"n_rollouts": 2}}),
     "npg": (NPG, {}),
     "ppo": (PPOClip, {"batch_size": 16, "n_epochs": 2}),
     "ppo-penalty": (PPOPenalty, {"batch_size": 16, "n_epochs": 2}),

@@ -26,6 +26,7 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam": (TRPO, {"critic": "adam", "batch_size": 16}),
     "momentum": (TRPO, {"momentum": 0.9, "action": "box"}),
     "sample reuse": (TRPO, {"sample_reuse": 3}),
+    "critic of three": (TRPO, {"critic_kwargs": {"n_rollouts": 3}}),
     "kl penalty": (TRPO, {"kl_penalty": 1.0}),
     "theory": (TRPO, {"kl_penalty": "theory"}),
     "largest kl": (TRPO, {"trust_region": "max"}),

@@ -133,6 +133,10 @@ def all_of(model: Any) -> dict[str, str]:
         "hidden": [np.asarray(each) for pair in getattr(model, "_last_lstm_states", None) or () for each in pair],
         "statistics": statistics and (vars(statistics.obs_rms), vars(statistics.ret_rms)),
         "returns": statistics and statistics.returns,
+        "past rollouts": [
+            (each.rewards, each.starts, each.batch.old_log_prob.numpy())
+            for each in getattr(model, "_past_rollouts", ())
+        ],
         "parameters left": None if getattr(model, "_theta_left", None) is None else model._theta_left.numpy(),
     }
     return {name: repr(bits(value)) for name, value in found.items()}
@@ -184,6 +188,8 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mujoco": (TRPO, {"normalize": True, "env": "Hopper-v5"}),
     "momentum": (TRPO, {"momentum": 0.5, "env": "Pendulum-v1", "critic": "adam", "batch_size": 16}),
     "reuse": (TRPO, {"sample_reuse": 3, "env": "Pendulum-v1"}),
+    "critic of three": (TRPO, {"critic_kwargs": {"n_rollouts": 3}, "env": "Pendulum-v1", "normalize": True}),
+    "adam of three": (NPG, {"critic": "adam", "batch_size": 16, "critic_kwargs": {"n_rollouts": 3}}),
     "growing": (TRPO, {"final_n_steps": 64, "target_kl": lambda p: 0.01 * p + 0.001}),
     "gsde": (TRPO, {"use_sde": True, "sde_sample_freq": 4, "env": "Pendulum-v1"}),
     "exact": (TRPO, {"fast_rollouts": "exact"}),

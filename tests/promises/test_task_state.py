@@ -24,7 +24,10 @@ REMEMBERING: dict[str, tuple[Any, dict[str, Any]]] = {
     "both": (TRPO, {"momentum": 0.9, "sample_reuse": 2, "target_kl": 0.001}),
     "recurrent": (RecurrentTRPO, {"momentum": 0.9}),
     "maskable": (MaskableTRPO, {"sample_reuse": 2}),
+    "critic": (TRPO, {"critic_kwargs": {"n_rollouts": 3}}),
+    "critic of npg": (NPG, {"critic": "adam", "batch_size": 16, "critic_kwargs": {"n_rollouts": 2}}),
 }
+ARGUMENTS = ("momentum", "sample_reuse", "critic", "critic_kwargs", "batch_size")
 
 
 @pytest.fixture(params=REMEMBERING)
@@ -36,7 +39,11 @@ def trained(request: pytest.FixtureRequest) -> Any:
 
 
 def remembers(model: Any) -> bool:
-    return model.gradient_memory is not None or bool(model._past_rollouts)
+    return memory_of(model) is not None or bool(model._past_rollouts)
+
+
+def memory_of(model: Any) -> Any:
+    return getattr(model, "gradient_memory", None)
 
 
 def other_env() -> DummyVecEnv:
@@ -65,7 +72,7 @@ HOW = ["set_env", "set_env without reset", "set_parameters", "load", "load witho
 @pytest.mark.parametrize("how", HOW)
 def test_memory_is_dropped_with_what_it_belongs_to(trained: Any, how: str, tmp_path: Path) -> None:
     model = replaced(trained, how, tmp_path)
-    assert model.gradient_memory is None and model._past_rollouts == ()
+    assert memory_of(model) is None and model._past_rollouts == () and model._theta_left is None
     if how != "load without environment":
         model.learn(32, reset_num_timesteps=False)
         assert len(model._past_rollouts) <= 1
@@ -75,7 +82,7 @@ def test_memory_is_dropped_with_what_it_belongs_to(trained: Any, how: str, tmp_p
 
 
 def test_the_first_update_elsewhere_is_that_of_a_model_without_a_past(trained: Any, tmp_path: Path) -> None:
-    fresh = make(type(trained), **{name: getattr(trained, name) for name in ("momentum", "sample_reuse")})
+    fresh = make(type(trained), **{name: getattr(trained, name) for name in ARGUMENTS if hasattr(trained, name)})
     fresh.target_kl = trained.target_kl
     fresh.set_parameters(trained.get_parameters())
     for model in (trained, fresh):
@@ -89,9 +96,9 @@ def test_the_first_update_elsewhere_is_that_of_a_model_without_a_past(trained: A
 
 
 def test_memory_stays_in_the_same_environment_with_the_same_policy(trained: Any) -> None:
-    memory, past = trained.gradient_memory, trained._past_rollouts
+    memory, past = memory_of(trained), trained._past_rollouts
     trained.set_env(trained.env)
-    assert trained.gradient_memory is memory and trained._past_rollouts is past
+    assert memory_of(trained) is memory and trained._past_rollouts is past
 
 
 def test_a_file_of_an_older_version_brings_no_memory_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,8 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo-max": (TRPO, {"trust_region": "max"}),
     "trpo-theory": (TRPO, {"kl_penalty": "theory"}),
     "trpo-momentum": (TRPO, {"momentum": 0.5, "sample_reuse": 2, "final_n_steps": 16}),
+    "trpo-critic-of-three": (TRPO, {"critic_kwargs": {"n_rollouts": 3}}),
+    "npg-adam-of-two": (NPG, {"critic": "adam", "batch_size": 24, "critic_kwargs": {"n_rollouts": 2}}),
     "trpo-sde": (TRPO, {"use_sde": True}),
     "npg": (NPG, {"ent_coef": 0.01}),
     "masked": (MaskableTRPO, {}),

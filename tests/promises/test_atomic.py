@@ -65,6 +65,8 @@ def state(model: Any) -> list[Any]:
 
     everything = {"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}
     everything["gradients"] = [param.grad for param in model.policy.parameters()]
+    everything["past"] = [each.rewards.tobytes() for each in getattr(model, "_past_rollouts", ())]
+    everything["left"] = getattr(model, "_theta_left", None)
     return list(flat(everything | {"beta": getattr(model, "kl_coef", None)}))
 
 
@@ -105,6 +107,7 @@ def restore(model: Any, saved: dict[str, Any]) -> None:
     model.policy.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it may keep the tensors it is given
     for param, grad in zip(model.policy.parameters(), saved["gradients"], strict=True):
         param.grad = None if grad is None else grad.clone()
+    vars(model).update(saved["remembered"])
     np.random.seed(0)
     if isinstance(model, PPOPenalty):
         model.kl_coef = saved["beta"]
@@ -119,6 +122,7 @@ def saved_state(model: Any) -> dict[str, Any]:
     """A copy to `restore`, which is restored right away, as loading an optimiser state may reorder it."""
     saved = copy.deepcopy({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()})
     saved["beta"] = getattr(model, "kl_coef", None)
+    saved["remembered"] = {name: vars(model)[name] for name in ("_past_rollouts", "_theta_left") if name in vars(model)}
     saved["gradients"] = [None if param.grad is None else param.grad.clone() for param in model.policy.parameters()]
     restore(model, saved)
     return saved
@@ -129,6 +133,7 @@ def test_ctrl_c_between_any_two_lines(arm: str) -> None:
     model = prepared(arm)
     saved = saved_state(model)
     before = state(model)
+    model._last_stand_in = None  # with networks for batches of other sizes, that only the first updates had
     train(model)  # once before the lines are counted, for what is looked up once and kept
     restore(model, saved)
     lines = train(model)

@@ -10,6 +10,7 @@ import torch
 from envs import make, v_trace, with_rollout
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_trpo_ext import NPG, TRPO, Critic, MaskableTRPO, RecurrentNPG, RecurrentTRPO
 from sb3_trpo_ext.critic.adam import AdamCritic
@@ -321,6 +322,8 @@ def test_parameters_that_a_callback_changes_leave_no_rollout_behind() -> None:
 def test_rollouts_are_not_saved(algorithm: Any, tmp_path: Path) -> None:
     model = make(algorithm, critic_kwargs={"n_rollouts": 3}).learn(96)
     model.save(tmp_path / "model")
+    data, _, _ = load_from_zip_file(tmp_path / "model")
+    assert data is not None and "_past_rollouts" not in data and "_theta_left" not in data
     loaded = algorithm.load(tmp_path / "model", env=model.env)
     assert loaded.value_critic.n_rollouts == 3 and loaded._past_rollouts == () and loaded._theta_left is None
     loaded.learn(64)

@@ -174,3 +174,43 @@ def test_the_benchmark_on_fresh_rollouts_reports() -> None:
     printed = run(str(EXAMPLES / "benchmarks" / "fresh_rollouts.py"), "--report")
     assert "| solver | steps taken |" in printed
     assert "| critic | error in-sample |" in printed
+
+
+def test_the_gain_of_steps_is_measured() -> None:
+    code = """
+        import numpy as np, torch, step_gain
+        from argparse import Namespace
+
+        # The jackknife against the spread over repetitions, where the truth is known.
+        rng, found = np.random.default_rng(0), []
+        truth, present = rng.normal(size=20), (1, step_gain.DECAYS[0])
+        for _ in range(100):
+            steps = truth + 2 * rng.normal(size=(24, 20))
+            half = 0.5 * steps + rng.normal(size=(24, 20))
+            references = truth + 3 * rng.normal(size=(24, 20))
+            found.append(step_gain.relative_gains(references, {present: steps, "half": half})["half"])
+        values, errors = np.array(found).T
+        assert abs(values.mean() - 0.5) < 0.03 and 0.8 < errors.mean() / values.std() < 1.25
+
+        # The estimator that the model has itself is what the model has.
+        step_gain.FURTHER, step_gain.ROLLOUTS, step_gain.DECAYS = 2, (1, 2), (0.95, 0.7)
+        step_gain.SETTINGS |= {"curvature_samples": None, "n_steps": 256}
+        models, learn = [], step_gain.Followed.learn
+
+        def noted(self, *args, **kwargs):
+            models.append(self)
+            learn(self, *args, **kwargs)
+            if len(models) == 1:
+                follower, own = self.estimators[1, 0.95].theta, step_gain.flatten(self.value_parameters)
+                assert float((follower - own).norm() / own.norm()) < 1e-3
+                assert float((self.estimators[2, 0.7].theta - own).norm() / own.norm()) > 1e-2
+                assert [len(each.past) for each in self.estimators.values()] == [0, 0, 1, 1]
+
+        step_gain.Followed.learn = noted
+        args = Namespace(timesteps=3072, rollouts=3, critic_kwargs={}, own_targets=True)
+        references, steps = step_gain.measure("Pendulum-v1", 0, args)
+        assert len(references) == 3 and len(steps) == 6 and all(len(each) == 3 for each in steps.values())
+        gains = step_gain.relative_gains(references, steps)
+        assert gains[1, 0.95] == (1.0, 0.0) and all(np.isfinite(each).all() for each in gains.values())
+    """
+    run("-c", dedent(code), PYTHONPATH=str(EXAMPLES / "benchmarks"))

@@ -3,10 +3,11 @@
     python examples/benchmarks/step_gain.py                     # Hopper-v5, HalfCheetah-v5; about ten minutes
     python examples/benchmarks/step_gain.py --tasks Walker2d-v5 --timesteps 100_000 --seeds 100 101 102
 
-TRPO is trained for a while. Along its rollouts goes the V of every estimator: that of a run with ``gae_lambda=λ`` and
-``critic_kwargs={"n_rollouts": M}`` that had taken the same steps, fitted on the same rollouts by its own targets. Then
-policy and critics are frozen, and rollouts are collected. Of each, every estimator makes advantages, their gradient g
-and the step s = x / sqrt(xᵀFx) with x = F⁻¹g, as an update would; all are equally far in KL, by F of other rollouts.
+TRPO is trained for a while. Along its rollouts goes the V of every critic: that of a run with ``critic_kwargs=
+{"n_rollouts": M}`` that had taken the same steps, fitted on the same rollouts by its own targets of λ = 0.95. Then
+policy and critics are frozen, and rollouts are collected. Of each, every estimator, a critic and a λ, makes advantages,
+their gradient g and the step s = x / sqrt(xᵀFx) with x = F⁻¹g, as an update would; all are equally far in KL, by F of
+other rollouts.
 
 The gain of a step is g*·s with the gradient g* of the *other* rollouts, E[∇log π (G - V)] with returns G that no λ
 shortens, and a V that was solved on further rollouts of the frozen policy: noise and bias of the estimator both count.
@@ -16,7 +17,8 @@ gain of a gives as much as a step of the radius a²δ along the present estimato
 """
 
 import argparse
-from collections.abc import Iterator
+from ast import literal_eval
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,7 +36,6 @@ from sb3_trpo_ext.core.natural_step import natural_direction
 from sb3_trpo_ext.core.parameters import assign, flatten
 from sb3_trpo_ext.critic.base import Regression
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
-from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import PolicyProblem
 from sb3_trpo_ext.rollout.batch import Batch
@@ -90,6 +91,7 @@ class Values:
         decay = self.trace_decay if trace_decay is None else trace_decay
         return rollout.seen_by(self.model.policy, discount=self.model.gamma, trace_decay=decay, chunk_size=None)
 
+    @torch.no_grad()
     def own(self, rollout: PastRollout) -> PastRollout:
         """A rollout of now, with what this V expects where a time limit ended an episode, instead of the model's."""
         policy, rewards = self.model.policy, rollout.rewards.copy()
@@ -114,16 +116,18 @@ class Followed(TRPO):
 
     estimators: dict[Any, Values]
 
-    def follow(self) -> None:
+    def follow(self, critic_kwargs: dict[str, Any], own_targets: bool) -> None:
         """Begin, before the first rollout."""
         policy = self.policy
         self.cut_off = CutOff()
         self.value_parameters = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
-        self.estimators = {
-            (rollouts, decay): Values(self, GaussNewtonCritic(n_rollouts=rollouts), decay)
-            for rollouts in ROLLOUTS
-            for decay in DECAYS
-        }
+        self.estimators = {}
+        for rollouts in ROLLOUTS:
+            values = None
+            for decay in DECAYS:
+                if values is None or own_targets:
+                    values = Values(self, GaussNewtonCritic(n_rollouts=rollouts, **critic_kwargs), decay)
+                self.estimators[rollouts, decay] = values
 
     def rollout(self) -> PastRollout:
         """What is in the buffer."""
@@ -132,14 +136,14 @@ class Followed(TRPO):
         return found
 
     def _update(self) -> Any:
-        rollout, seen = self.rollout(), {}
-        for name, values in self.estimators.items():  # by the policy that made it
+        every, rollout, seen = dict.fromkeys(self.estimators.values()), self.rollout(), {}
+        for values in every:  # by the policy that made it
             own = values.own(rollout)
             with values.in_place():
-                seen[name] = own, values.seen(own)
+                seen[values] = own, values.seen(own)
         outcome = super()._update()
-        for name, values in self.estimators.items():
-            own, batch = seen[name]
+        for values in every:
+            own, batch = seen[values]
             with values.in_place():
                 values.fit(batch)
             kept = [*values.past, own]
@@ -161,47 +165,42 @@ def measure(task: str, seed: int, args: argparse.Namespace) -> tuple[np.ndarray,
     """The reference gradient of every rollout, and every estimator's step, each ``(R, P)``."""
     env = VecNormalize(make_vec_env(task, n_envs=4, seed=seed))
     model = Followed("MlpPolicy", env, seed=seed, **SETTINGS)
-    model.follow()
+    model.follow(args.critic_kwargs, own_targets=args.own_targets)
     model.learn(args.timesteps, callback=model.cut_off)
     env.training = False
+
+    def look(rollouts: int, function: Callable[[PastRollout], None]) -> None:
+        """Call a function after every rollout of the frozen policy."""
+        model.train = lambda: function(model.rollout())  # type: ignore[method-assign]
+        steps_left = rollouts * model.n_steps * model.n_envs
+        model.learn(steps_left, callback=model.cut_off, reset_num_timesteps=False)
+
+    further: list[PastRollout] = []
+    look(FURTHER, further.append)
+    plain, best = PlainPolicy(model.policy), solved(model, further)
+    fisher = PolicyProblem(plain, merged([each.batch for each in further[:4]])).fisher(0.0)
+    damping = model.cg_damping * model._action_dimensions()
     references: list[Tensor] = []
     steps: dict[Any, list[Tensor]] = {(critic, decay): [] for critic in (*ROLLOUTS, SOLVED) for decay in DECAYS}
-    further: list[PastRollout] = []
-    plain, fisher, best = PlainPolicy(model.policy), None, None
-    damping = model.cg_damping * model._action_dimensions()
 
     def step(problem: PolicyProblem, seen: Batch) -> Tensor:
         gradient = PolicyProblem(plain, seen.with_normalized_advantages()).gradient
-        solving = {"max_steps": model.cg_max_steps, "residual_tol": model.cg_residual_tol}
+        solving: dict[str, Any] = {"max_steps": model.cg_max_steps, "residual_tol": model.cg_residual_tol}
         x = natural_direction(problem.fisher(damping), problem, gradient, **solving).x
         return x / float(x @ fisher(x)) ** 0.5
 
-    def look() -> None:
-        nonlocal fisher, best
-        rollout = model.rollout()
-        if best is None:
-            further.append(rollout)
-            if len(further) == FURTHER:
-                fisher = PolicyProblem(plain, merged([each.batch for each in further[:4]])).fisher(0.0)
-                best = solved(model, further)
-            return
+    def compare(rollout: PastRollout) -> None:
         problem = PolicyProblem(plain, rollout.batch, curvature_samples=model.curvature_samples)
-        for name, values in model.estimators.items():
+        for critic, decay in steps:
+            values = best if critic == SOLVED else model.estimators[critic, decay]
             own = values.own(rollout)
             with values.in_place():
-                steps[name].append(step(problem, values.seen(own)))
+                steps[critic, decay].append(step(problem, values.seen(own, decay)))
         own = best.own(rollout)
         with best.in_place():
-            for decay in DECAYS:
-                steps[SOLVED, decay].append(step(problem, best.seen(own, decay)))
             references.append(PolicyProblem(plain, best.seen(own, 1.0)).gradient)
 
-    def train() -> None:
-        with consistent_evaluation(model.policy), torch.enable_grad():
-            look()
-
-    model.train = train  # type: ignore[method-assign]
-    model.learn((FURTHER + args.rollouts) * 2048, callback=model.cut_off, reset_num_timesteps=False)
+    look(args.rollouts, compare)
     return as_array(references), {name: as_array(each) for name, each in steps.items()}
 
 
@@ -234,6 +233,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["Hopper-v5", "HalfCheetah-v5"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
     parser.add_argument("--timesteps", type=int, default=60_000, help="of training before (default: %(default)s)")
+    own = "fit V to returns of the λ of the advantages too, as `gae_lambda` does; otherwise to those of 0.95"
+    parser.add_argument("--own-targets", action="store_true", help=own)
+    parser.add_argument("--critic-kwargs", type=literal_eval, default={}, help="such as \"{'n_iterations': 3}\"")
     parser.add_argument("--rollouts", type=int, default=32, help="of the frozen policy (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)

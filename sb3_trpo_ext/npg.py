@@ -108,7 +108,9 @@ class NPG(NaturalGradientAlgorithm):
         direction = self._direction(problem)  # x ≈ F⁻¹g
         if not direction.is_usable:
             return self._no_direction(problem, direction)
-        return backtrack(problem, direction, self._step_size(direction), _rejection, max_steps=1)
+        size = self._step_size(direction)
+        step = self._spread(problem).step(direction, size)  # log σ, if it has a radius of its own, or a lowest value
+        return backtrack(step.problem, step.direction, size, _rejection, max_steps=1)
 
     def _step_size(self, direction: Direction) -> float:
         """α in force."""

@@ -254,9 +254,7 @@ class TRPO(NaturalGradientAlgorithm):
         """Steps of each environment in the next rollout: ``n_steps``, or on the way to ``final_n_steps``."""
         if self.final_n_steps is None:
             return self.n_steps
-        # What SB3 keeps as the progress is that of the last update: the previous ``learn``'s, at the start of another.
-        progress = min(self.num_timesteps / max(self._total_timesteps, 1), 1.0)
-        return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
+        return round(self.n_steps * (self.final_n_steps / self.n_steps) ** self._rollout_progress())
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return (*super()._checkpoints(), Attributes(self, "gradient_memory", "_past_rollouts", "_theta_left"))
@@ -284,12 +282,18 @@ class TRPO(NaturalGradientAlgorithm):
         self._past_rollouts = ()
 
     def _theta(self) -> Tensor:
-        """All parameters as they are."""
-        return flatten(list(self.policy.parameters())).detach()
+        """All parameters as they are, without a σ that a schedule moves: a few updates ago it was nearly the same."""
+        moved = self.policy.log_std if callable(self.log_std) else None
+        return flatten([param for param in self.policy.parameters() if param is not moved]).detach()
 
     def trust_region_radius(self) -> float:
         """δ in force: the bound on the joint KL divergence, in nats."""
         return shared_radius(super().trust_region_radius(), self.sample_reuse)
+
+    def spread_radius(self) -> float | None:
+        """δ_σ in force: the bound on the part of σ in the KL divergence, in nats; None where it shares δ."""
+        radius = super().spread_radius()
+        return None if radius is None else shared_radius(radius, self.sample_reuse)
 
     def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
         """A full step along the heavy ball's direction; the plain step where there is none or that is rejected.
@@ -315,12 +319,13 @@ class TRPO(NaturalGradientAlgorithm):
             return self._no_direction(problem, direction)
         region = self._region(problem)
         size = region.full_step(problem, direction)  # ½ sᵀFs = δ
-        test = Acceptance(region, problem.start, size * direction.slope, self.line_search_accept_ratio)
+        step = self._spread(problem).step(direction, size)  # log σ, if it has a radius of its own, or a lowest value
+        test = Acceptance(region, problem.start, size * step.direction.slope, self.line_search_accept_ratio)
         return backtrack(  # θ_old + β^k s where L improves and D <= δ, otherwise θ_old
-            problem,
-            direction,
+            step.problem,
+            step.direction,
             size,
-            test.rejection,
+            step.rejection(test),
             shrink=self.line_search_shrinking_factor,
             max_steps=most_trials,
         )

@@ -34,7 +34,8 @@ class TRPO(NaturalGradientAlgorithm):
     leaves the policy as it was, bit for bit. So does a rollout whose advantages are all equal up to rounding.
 
     After an update ``param.grad`` of every parameter that the policy's output reaches holds -∇L at θ_old (the gradient
-    of a loss, as a backward pass of SB3's PPO leaves it), also where the update was rejected; of the others, None.
+    of a loss, as a backward pass of SB3's PPO leaves it), also where the update was rejected; of the others, and of
+    a σ that is not learnt, None.
 
     A drop-in for ``sb3_contrib.TRPO``: its arguments come first, with its names, order and defaults. The KL divergence
     that is computed, constrained and logged is the *joint* one, summed over action dimensions.
@@ -104,6 +105,23 @@ class TRPO(NaturalGradientAlgorithm):
             geometrically from ``n_steps`` to it with the progress of training. Small rollouts make many steps while the
             gradient is large, large ones average its noise away when it is small (Byrd et al. 2012,
             https://doi.org/10.1007/s10107-012-0572-5). None keeps ``n_steps``.
+        log_std: Who sets log σ of Gaussian actions (Box, without gSDE). ``"learned"``: the policy gradient, from
+            policy_kwargs' ``log_std_init`` on, as in SB3; it falls because less noise pays at once, too early for some
+            tasks and too late for others. ``"fixed"``: it stays what ``log_std_init`` made it. A schedule of the
+            remaining progress, ``LinearSchedule(-0.5, -1.5, 1.0)`` say, is log σ itself: it is set before each rollout,
+            for the rollout and its update, whatever ``load`` or ``set_parameters`` brought, and ``learn`` leaves that
+            of the last rollout. A σ that is fixed or scheduled is no part of the update: its ``param.grad`` is None,
+            and KL divergence, radius and gradient are the mean's. Momentum goes on over a schedule's small changes, and
+            the ratios of ``sample_reuse`` are to the policies that acted, each with its own σ. To change who sets it,
+            pass another ``log_std`` to ``load``.
+        log_std_min: Lowest log σ where it is learnt; None for none. No trial of the line search is below it, and a
+            dimension that is there and pulled further leaves its share of the radius to the others.
+        target_kl_std: A radius of its own for σ, a float or a schedule, per action dimension as ``target_kl`` is; None
+            lets it share that one. The Fisher matrix has a block of the mean's parameters and one of log σ, which is
+            2I, and zeros between them, so that both steps are natural ones: the mean's to δ, and that of log σ, half
+            its gradient, to ``target_kl_std``. The line search keeps the mean's part of the KL divergence below the
+            first and that of σ below the second, in its exact form. ``train/target_kl_std`` logs the radius,
+            ``train/kl_std`` what was used of it. A small one slows σ down without holding it.
         curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
             Gauss-Newton critic are estimated from. None for all.
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what

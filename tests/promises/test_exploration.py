@@ -38,11 +38,12 @@ from sb3_trpo_ext import (
     RecurrentTRPO,
     register_distribution,
 )
-from sb3_trpo_ext.core.parameters import flatten
+from sb3_trpo_ext.core.natural_step import Direction
+from sb3_trpo_ext.core.parameters import assign, flatten
 from sb3_trpo_ext.policy import distributions
 from sb3_trpo_ext.policy.distributions import GaussianFamily
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
-from sb3_trpo_ext.policy.exploration import longest_step, representable, spread_divergence
+from sb3_trpo_ext.policy.exploration import SpreadBlock, longest_step, representable, spread_divergence
 from sb3_trpo_ext.rollout.buffers import whole_rollout
 
 NATURAL = [TRPO, NPG, RecurrentTRPO, RecurrentNPG]
@@ -349,6 +350,37 @@ def test_a_loaded_spread_is_raised_to_the_floor() -> None:
     assert all((each >= -0.1).all() for each in watch.seen)
 
 
+class OneSpread:
+    """A problem with no other parameter than log σ."""
+
+    def __init__(self, theta: Tensor, gradient: Tensor) -> None:
+        self.params, self.theta_old, self.gradient = [nn.Parameter(theta.clone())], theta, gradient
+        self.start = None
+
+    def evaluate(self) -> Any:
+        return self.params[0].detach().clone()
+
+
+def test_rounding_does_not_leave_a_trial_below_the_floor() -> None:
+    """Steps that are cut at the floor end below it by a last bit here and there, unless somebody looks."""
+    torch.manual_seed(0)
+    below = 0
+    for _ in range(200):
+        floor = float(-0.1 * torch.rand(()))  # a finer grid of numbers than that of the step
+        theta = floor + torch.rand(8)
+        problem = OneSpread(theta, -torch.rand(8))
+        lowest = representable(floor, theta)
+        theta.clamp_(min=lowest)
+        size = 1 + 9 * float(torch.rand(()))
+        direction = Direction(problem.gradient, problem.gradient, 1.0, 1.0, 1.0, None)
+        step = SpreadBlock(problem, problem.params[0], lowest=floor).step(direction, size)
+        for fraction in (1.0, 0.8, 0.64):
+            assign(problem.params, theta + fraction * size * step.direction.x)
+            below += int((problem.params[0] < lowest).sum())
+            assert bool((step.problem.evaluate() >= lowest).all())
+    assert below
+
+
 @given(st.floats(-80, 80))
 def test_a_floor_is_rounded_upwards(floor: float) -> None:
     found = representable(floor, torch.empty(0))
@@ -450,6 +482,16 @@ def test_each_part_of_the_divergence_keeps_to_its_radius(algorithm: Any, trust_r
         assert joint - exact <= logged["train/target_kl"] * (1 + 1e-5)
         successes += int(logged["train/is_line_search_success"])
     assert successes >= 4
+
+
+def test_the_spread_has_its_radius_beside_the_means() -> None:
+    """With a mean that may hardly move, the full step is taken, whose KL divergence is nearly all that of σ."""
+    model = small(TRPO, target_kl=1e-4, target_kl_std=0.01)
+    with_rollout(model).train()
+    logged = model.logger.name_to_value
+    assert logged["train/is_line_search_success"]
+    assert logged["train/kl_std"] > 10 * logged["train/target_kl"]
+    assert logged["train/kl_divergence_loss"] > logged["train/kl_std"]
 
 
 def test_a_schedule_of_the_radius_and_the_share_of_reused_samples() -> None:

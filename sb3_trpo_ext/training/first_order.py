@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -120,7 +120,7 @@ class AutogradSteps:
 
     def __init__(self, model: FirstOrderAlgorithm) -> None:
         self._model = model
-        self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy)
+        self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy, lowest=model._lowest())
         self._before = self._told = torch.empty(0)
 
     def __enter__(self) -> AutogradSteps:
@@ -228,6 +228,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         env: As in SB3.
         batch_size: Those arguments that follow are documented where the user meets them, in `PPOClip`.
     """
+
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "target_kl_std": "its minibatch steps have no radius for σ to have one beside: use `log_std_min`, or the class "
+        "TRPO",
+    }
 
     loss_statistic: ClassVar[str]
     """The name under which what `_policy_loss` returns beside the loss is logged."""
@@ -492,7 +497,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         )
         params = self._plain_policy.trained_parameters()
         others = {*self.policy.parameters()} - {*params}
-        descent = FlatDescent(self.policy.optimizer, params, others)
+        descent = FlatDescent(self.policy.optimizer, params, others, self._lowest())
         return MinibatchSteps(self._plain_policy, descent, loss, self.reduction)
 
     def loss_on(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

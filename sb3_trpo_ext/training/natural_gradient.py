@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from sb3_trpo_ext.critic import make_critic
 from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
+from sb3_trpo_ext.policy.exploration import SpreadBlock
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, normalized_signal, without_noise
@@ -87,6 +89,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         cg_residual_tol: float = 0.03,
         min_radius_used: float | Literal["auto"] = "auto",
         ent_coef: float | Schedule = 0.0,
+        target_kl_std: float | Schedule | None = None,
         **kwargs: Any,
     ) -> None:
         self._refuse(kwargs)
@@ -94,6 +97,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.batch_size = batch_size
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
+        self.target_kl_std = target_kl_std
         self.kl_per_action_dim = kl_per_action_dim
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
@@ -112,6 +116,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         vars(self).update(OF_PPO | vars(self))
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
+        if self.target_kl_std is not None:
+            self.target_kl_std = FloatSchedule(plain(self.target_kl_std))
         for name in OF_PPO:
             vars(self).pop(name, None)
 
@@ -128,6 +134,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_radius("target_kl", self.target_kl, hint="A trust region has a positive radius; 0.01 is the usual one.")
+        if self.target_kl_std is not None:
+            check_radius(
+                "target_kl_std", self.target_kl_std, hint="Pass None for a radius that σ shares with the mean."
+            )
         for name in ("cg_max_steps", "sub_sampling_factor", "n_critic_updates", "batch_size"):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
@@ -173,6 +183,19 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """δ in force: the bound on the joint KL divergence, in nats."""
         value = self._current_value(self.target_kl)
         return self._action_dimensions() * check_number("target_kl", value, positive=True)
+
+    def spread_radius(self) -> float | None:
+        """δ_σ in force: the bound on the part of σ in the KL divergence, in nats; None where it shares δ."""
+        if self.target_kl_std is None:
+            return None
+        value = self._current_value(self.target_kl_std)
+        return self._action_dimensions() * check_number("target_kl_std", value, positive=True)
+
+    def _spread(self, problem: PolicyProblem) -> SpreadBlock:
+        """Log σ in a problem, where it has a lowest value or a radius of its own."""
+        log_std = getattr(self.policy, "log_std", None)
+        radius = self.spread_radius()
+        return SpreadBlock(problem, log_std, lowest=self.log_std_min, radius=radius, reduction=self.reduction)
 
     def _action_dimensions(self) -> int:
         """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""
@@ -253,16 +276,18 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """One step of the policy from θ_old, to which it is put back, bit for bit, if the step is rejected."""
 
     def _direction(self, problem: PolicyProblem, vector: Tensor | None = None) -> Direction:
-        """Solve (F + λI) x = v, v being the gradient if None."""
-        return natural_direction(
+        """Solve (F + λI) x = v, v being the gradient if None, as far as log σ has no part of its own."""
+        vector = problem.gradient if vector is None else vector
+        found = natural_direction(
             problem.fisher(self.cg_damping * self._action_dimensions()),
             problem,
-            vector,
+            self._spread(problem).solved(vector),
             max_steps=self.cg_max_steps,
             residual_tol=self.cg_residual_tol,
             min_radius_used=self._min_radius_used(),
             reduction=self.reduction,
         )
+        return replace(found, vector=vector)
 
     @staticmethod
     def _no_direction(problem: PolicyProblem, direction: Direction) -> PolicyStep:
@@ -329,6 +354,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         """What to log of a step."""
         found, cg = step.evaluation, step.direction and step.direction.cg
+        of_spread = self._spread(problem).log_entries()
         return {
             "train/policy_objective": found.objective,
             "train/kl_divergence_loss": found.divergence,
@@ -340,4 +366,5 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             "train/expected_improvement": step.expected_improvement,
             "train/cg_steps": cg.steps if cg else 0,
             "train/cg_residual": cg.residual if cg else 0.0,
+            **of_spread,
         }

@@ -120,6 +120,12 @@ OF_ACTION_VALUES = ("action_values", "probabilities", "greedy_values", "evaluate
 """Methods that a policy of `ActionValues` has beyond those of SB3's."""
 
 
+def has_action_values(policy: Any) -> bool:
+    """Whether a policy, or what a wrapper such as that of ``torch.compile`` hands on to, is one of `ActionValues`."""
+    method = getattr(policy, "evaluate_action_values", None)
+    return isinstance(policy, ActionValues) or isinstance(getattr(method, "__self__", None), ActionValues)
+
+
 def has_method_of(policy_class: type, name: str, known: type) -> bool:
     """Whether a policy class has a method as a known class has it, be there `ActionValues` before it or not."""
     if not issubclass(policy_class, ActionValues):
@@ -131,7 +137,7 @@ def has_method_of(policy_class: type, name: str, known: type) -> bool:
     return method is vars(ActionValues).get(name, below) and below is getattr(known, name, None)
 
 
-def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks: Any, bootstrap: Bootstrap) -> Tensor:
+def following_values(policy: Any, observations: PyTorchObs, masks: Any, bootstrap: Bootstrap) -> Tensor:
     """What is expected to follow some states: Σ_a π Q or max_a Q over the allowed actions, or V(s), ``(N,)``.
 
     Args:
@@ -140,7 +146,8 @@ def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks:
         masks: Which actions they allow, ``(N, K)``; None for all. A state-value function does not look at them.
         bootstrap: ``"expected"`` or ``"max"``.
     """
-    if not isinstance(policy, ActionValues):
+    values: Tensor
+    if not has_action_values(policy):
         values = policy.predict_values(observations)
     elif bootstrap == "max":
         values = policy.greedy_values(observations, masks)

@@ -27,7 +27,7 @@ from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
-from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
+from sb3_trpo_ext.rollout.action_values import has_action_values, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
@@ -485,7 +485,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """
         mean = part.reduction.mean
         action_values = None
-        if isinstance(self.policy, ActionValues):
+        if has_action_values(self.policy):
             action_values, log_prob, entropy = part.evaluate_action_values(self.policy)
             values = of_taken(action_values, part.actions)
         else:

@@ -562,3 +562,18 @@ def test_past_rollouts_bootstrap_as_they_are_asked_to(bootstrap: str) -> None:
     )
     torch.testing.assert_close(seen.advantages, batch.advantages, rtol=1e-4, atol=1e-4)
     model.learn(96)
+
+
+@pytest.mark.parametrize("surrogate", ["sampled", "expected"])
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip, MaskableTRPO])
+def test_a_wrapped_policy_learns_as_the_policy_that_it_wraps(algorithm: Any, surrogate: str) -> None:
+    results = []
+    for wraps in (False, True):
+        options = {"batch_size": 16, "bootstrap": "max", "surrogate": surrogate}
+        model = disturbed(make(algorithm, fast_rollouts=False, fast_updates=False, **options, **Q))
+        if wraps:
+            model.policy = torch.compile(model.policy, backend="eager")
+        model.set_random_seed(0)
+        model.learn(64)
+        results.append(flatten(list(model.policy.parameters())).detach())
+    assert torch.equal(*results)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -65,7 +65,12 @@ class Critic(ABC):
 
     A model makes one, from its ``critic`` and ``critic_kwargs``, and keeps it. What `state_dict` returns is saved and
     loaded with the model, and restored when an update is undone.
+
+    Attributes:
+        needs_order: Whether `fit` needs ``regression.trajectories``; a model that has none is then refused.
     """
+
+    needs_order: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, regression: Regression) -> float:

@@ -38,6 +38,18 @@ class CutOff(NamedTuple):
     info: dict[str, Any]
 
 
+@contextmanager
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Give an object another method within the block; one of its own that it had before it has again afterwards."""
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(before)
+
+
 class ActionValueAlgorithm(ResumableAlgorithm):
     """An algorithm that knows what to do with a policy of `ActionValues`, and is as it is with any other.
 
@@ -127,15 +139,12 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             masks = self._following_masks(env, *args)
             self._masks_after = None if masks is None else torch.as_tensor(np.asarray(masks)).view(buffer.n_envs, -1)
             self._estimate(buffer, cut_off, dones)
+            cut_off.clear()  # their rewards are as they should be, if a callback asks once more
 
         # What SB3's loop calls once a step, and at the end before the callback hears of it.
-        self._update_info_buffer = note_cut_off  # type: ignore[assignment, method-assign]
-        buffer.compute_returns_and_advantage = estimate  # type: ignore[method-assign]
-        try:
+        own = _replaced(self, "_update_info_buffer", note_cut_off)
+        with own, _replaced(buffer, "compute_returns_and_advantage", estimate):
             yield
-        finally:
-            vars(self).pop("_update_info_buffer", None)
-            vars(buffer).pop("compute_returns_and_advantage", None)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_update_info_buffer", "_masks_after"]
@@ -174,7 +183,7 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             trace_decay=self.gae_lambda,
             bootstraps=bootstraps,
         )
-        buffer.advantages = advantages.cpu().numpy()
+        buffer.advantages = advantages.cpu().numpy().astype(buffer.values.dtype)
         buffer.returns = buffer.advantages + buffer.values
 
     def _bootstraps(self, observations: Any, masks: Any) -> Tensor:

@@ -31,7 +31,7 @@ from sb3_trpo_ext.rollout.action_values import has_action_values, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
-from sb3_trpo_ext.training.action_values import advantages_of_all
+from sb3_trpo_ext.training.action_values import ROUNDING, advantages_of_all
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
 from sb3_trpo_ext.training.minibatch_kernel import Loss, Minibatch, MinibatchSteps
@@ -344,7 +344,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             assert isinstance(comparison, Comparison)
             batch = replace(batch, old_z=comparison.old_z)
         if self.has_action_values and self.clip_range_vf is not None:  # what is clipped is Q(s,a)
-            with torch.no_grad():
+            with torch.no_grad(), consistent_evaluation(self.policy):
                 old = [part.values(self.policy) for part in batch.split(self.batch_size)]
             batch = replace(batch, old_values=torch.cat(old))
         return batch
@@ -526,6 +526,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """
         assert part.old_z is not None  # see _prepared: log π_old
         advantages = advantages_of_all(action_values, part.old_z.exp())
+        least = ROUNDING * action_values.abs().amax(dim=1, keepdim=True)
+        advantages = torch.where(advantages.abs() <= least, 0.0, advantages)  # rounding, not to be made large below
         if self.normalize_advantage:
             variance = part.reduction.total(part.reduction.mean(part.over_actions(advantages.square())))
             advantages = advantages / (variance.sqrt() + 1e-8)

@@ -103,6 +103,11 @@ class ActionValueAlgorithm(ResumableAlgorithm):
                     f"`{name}={value!r}` needs a value for each action, got it with critic={self.critic!r}. Pass "
                     "critic='action_value' too."
                 )
+        if self.has_action_values and not issubclass(self.policy_class, ActionValues):
+            raise ValueError(
+                "`critic='action_value'` came when the policy had been made already, a "
+                f"{self.policy_class.__name__} with a value for each state. Make a new model with it."
+            )
         if self.has_action_values and self.rollout_buffer_class not in (None, *VIEWED_BUFFERS):
             raise ValueError(
                 "A critic with a value for each action needs the arrays of SB3's own rollout buffers, got "

@@ -241,6 +241,28 @@ def test_a_policy_may_make_its_distribution_otherwise(algorithm: Any, surrogate:
     model.learn(16)
 
 
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (Q, {"bootstrap": "maximum"}, "`bootstrap` must be 'expected' or 'max'"),
+        (Q, {"surrogate": "exact"}, "`surrogate` must be 'sampled' or 'expected'"),
+        ({}, {"bootstrap": "max"}, "critic='action_value'"),
+        ({}, {"surrogate": "expected"}, "critic='action_value'"),
+        ({}, {"critic": "action_value"}, "Make a new model"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+def test_what_cannot_be_is_refused_later_too(
+    algorithm: Any, options: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    model = make(algorithm, batch_size=16, **options).learn(32)
+    before = flatten(list(model.policy.parameters())).detach().clone()
+    vars(model).update(changed)
+    with pytest.raises(ValueError, match=message):
+        model.learn(32)
+    assert torch.equal(before, flatten(list(model.policy.parameters())))
+
+
 def test_a_policy_without_and_a_buffer_of_ones_own_are_refused() -> None:
     with pytest.raises(ValueError, match="ActionValues, WiderPolicy"):
         TRPO(WiderPolicy, RandomEnv(), **Q)

@@ -202,7 +202,10 @@ class ActionValueAlgorithm(ResumableAlgorithm):
         """
         if self._masks_after is None:  # the policy takes every action
             return None
-        mask = np.asarray(info.get("action_mask", ()))
+        try:
+            mask = np.asarray(info.get("action_mask", ())).astype(bool)
+        except ValueError:  # something else of that name
+            return None
         allows = mask.shape == (int(self.action_space.n),) and bool(mask.any())  # type: ignore[attr-defined]
         return torch.as_tensor(mask).view(1, -1) if allows else None
 

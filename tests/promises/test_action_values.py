@@ -438,6 +438,27 @@ def test_a_buffer_keeps_the_type_of_its_numbers(bootstrap: str) -> None:
     assert model.rollout_buffer.advantages.dtype == model.rollout_buffer.returns.dtype == np.float32
 
 
+class SaysSomethingElse(RandomEnv):
+    """Cuts its episodes off, with an ``action_mask`` in its infos that is none of its actions'."""
+
+    said: Any = None
+
+    def step(self, action: Any) -> Any:
+        observation, reward, ended, _, _ = super().step(action)
+        return observation, reward, False, ended, {"action_mask": self.said}
+
+
+@pytest.mark.parametrize("said", [None, [1, 1], [[1], [1, 2]], ["a", "b", "c", "d"], [0] * K, {"all": 1}, "none"])
+def test_another_thing_named_action_mask_is_not_taken_for_one(said: Any) -> None:
+    rollouts = []
+    for each in (said, [1] * K):
+        env = SaysSomethingElse()
+        env.said = each
+        model = with_rollout(MaskableTRPO("MlpPolicy", env, bootstrap="max", **SMALL, **Q))
+        rollouts.append(model.rollout_buffer.returns)
+    np.testing.assert_array_equal(*rollouts)
+
+
 def test_nothing_of_a_rollout_stays_behind() -> None:
     model = make(TRPO, bootstrap="max", **Q).learn(32)
     assert "_update_info_buffer" not in vars(model)

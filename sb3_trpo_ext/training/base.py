@@ -155,7 +155,7 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         self._join_workers()
         self._choose_policy_class()
         self._check_arguments()
-        self._checked_size = self._rollout_size()
+        self._checked_size = self._checked_again()
         self.learning_rate = plain(self.learning_rate)
         with torch.inference_mode(False):  # whose tensors could not be trained
             super()._setup_model()
@@ -176,9 +176,10 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         check_finite("ent_coef", self.ent_coef)
         check_exploration(asked_of(self), self.action_space, use_sde=self.use_sde)
 
-    def _rollout_size(self) -> tuple[Any, ...]:
-        """What the checks of arguments know of a rollout's size, and a user may change between two rollouts."""
-        return repr(self.n_steps), self.n_envs, repr(getattr(self, "batch_size", None))  # 32 is not 32.0
+    def _checked_again(self) -> tuple[Any, ...]:
+        """What the checks of arguments know, and a user may change between two rollouts: sizes, what is made of Q."""
+        sizes = repr(self.n_steps), self.n_envs, repr(getattr(self, "batch_size", None))  # 32 is not 32.0
+        return *sizes, repr(self.bootstrap), repr(self.surrogate), repr(self.critic)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Train in another environment: what was remembered of the last one is dropped; arguments as in SB3.
@@ -286,9 +287,9 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         """See `collect_rollouts`; of one worker."""
         start = time.perf_counter()
         self._set_spread(1.0 - self._rollout_progress())
-        if self._rollout_size() != self._checked_size:
+        if self._checked_again() != self._checked_size:
             self._check_arguments()
-            self._checked_size = self._rollout_size()
+            self._checked_size = self._checked_again()
         n_rollout_steps = self._steps_of_rollout(n_rollout_steps)
         resize(rollout_buffer, n_rollout_steps, env.num_envs)
         try:

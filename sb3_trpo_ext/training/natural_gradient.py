@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -18,7 +19,7 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import gradient, leave_gradients, trainable
-from sb3_trpo_ext.critic import make_critic
+from sb3_trpo_ext.critic import check_order, make_critic
 from sb3_trpo_ext.critic.base import Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
@@ -112,7 +113,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _setup_model(self) -> None:
         self._critic_arguments = self._fit_of_critic()
-        self.value_critic = make_critic(*self._critic_arguments)
+        self.value_critic = self._make_critic()
         vars(self).update(OF_PPO | vars(self))
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
@@ -125,7 +126,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """Make another critic, with the state of the one before, where the arguments of it were changed."""
         arguments = self._fit_of_critic()
         if arguments != self._critic_arguments:
-            critic, state = make_critic(*arguments), self.value_critic.state_dict()
+            critic, state = self._make_critic(), self.value_critic.state_dict()
+            check_order(critic, has_memory=isinstance(self, RecurrentPPO), buffer=self.rollout_buffer_class)
             if state and type(critic) is type(self.value_critic):
                 critic.load_state_dict(state)
             self.value_critic, self._critic_arguments = critic, arguments
@@ -153,6 +155,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             )
         if self._critic_kind() == "adam":
             self._check_minibatch_share()
+        check_order(self.value_critic, has_memory=isinstance(self, RecurrentPPO), buffer=self.rollout_buffer_class)
         if self.env is not None:
             check_rollout_size(self.n_steps, self.n_envs, normalize_advantage=self.normalize_advantage)
             if self.sub_sampling_factor > self.n_steps * self.n_envs:
@@ -162,6 +165,11 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 )
             if self._critic_kind() == "adam":
                 check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
+
+    def _make_critic(self) -> Critic:
+        """The critic that is asked for; errors name the argument that asks for its kind."""
+        asked = "critic_kwargs['fit']" if self.critic == "action_value" else "critic"
+        return make_critic(*self._fit_of_critic(), argument=asked)
 
     def _critic_kind(self) -> str | type[Critic]:
         """How the critic is fitted: what ``"auto"`` stands for here, or what is asked for."""

@@ -101,15 +101,15 @@ class ActionValues:
         masks = kwargs.get("action_masks", args[1] if len(args) > 1 else None)
         return actions, self._value_of(action_values, obs, masks), log_prob
 
-    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, **kwargs: Any) -> Evaluated:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, *args: Any, **kwargs: Any) -> Evaluated:
         """V(s) ``(N, 1)``, log π(a|s) and the entropy of π(·|s), as the policy's own ``evaluate_actions``."""
-        action_values, log_prob, entropy = self.evaluate_action_values(obs, actions, **kwargs)
-        return self._value_of(action_values, obs, **kwargs), log_prob, entropy
+        action_values, log_prob, entropy = self.evaluate_action_values(obs, actions, *args, **kwargs)
+        return self._value_of(action_values, obs, *args, **kwargs), log_prob, entropy
 
-    def evaluate_action_values(self, obs: PyTorchObs, actions: Tensor, **kwargs: Any) -> Evaluated:
+    def evaluate_action_values(self, obs: PyTorchObs, actions: Tensor, *args: Any, **kwargs: Any) -> Evaluated:
         """Q(s,·) ``(N, K)`` in place of V(s)."""
         parent: Any = super()
-        evaluated: Evaluated = parent.evaluate_actions(obs, actions, **kwargs)
+        evaluated: Evaluated = parent.evaluate_actions(obs, actions, *args, **kwargs)
         return evaluated
 
     def _value_of(self, action_values: Tensor, obs: PyTorchObs, action_masks: Any = None) -> Tensor:

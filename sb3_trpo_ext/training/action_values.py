@@ -152,7 +152,9 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             yield
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_update_info_buffer", "_masks_after"]
+        replaced = getattr(vars(self).get("_update_info_buffer"), "__module__", "") == __name__
+        ours = ["_masks_after", "_update_info_buffer"] if replaced else ["_masks_after"]
+        return [*super()._excluded_save_params(), *ours]
 
     @torch.no_grad()
     def _estimate(self, buffer: RolloutBuffer, cut_off: list[CutOff], dones: np.ndarray) -> None:

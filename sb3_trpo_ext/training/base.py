@@ -200,7 +200,16 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         device: torch.device | str = "auto",
     ) -> None:
         """Take over parameters: what was remembered of the last policy is dropped; arguments as in SB3."""
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except RuntimeError as error:
+            if "size mismatch for value_net" in str(error):
+                asked = "for each action" if self.has_action_values else "of the state"
+                raise ValueError(
+                    f"The parameters are those of another kind of critic: this model's has a value {asked}, as "
+                    f"critic={self.critic!r} asks for. Load them with the `critic` that they were saved with."
+                ) from error
+            raise
         self._set_spread(None)
         self._forget()
 

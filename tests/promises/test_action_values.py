@@ -794,3 +794,41 @@ def test_a_wrapped_policy_learns_as_the_policy_that_it_wraps(algorithm: Any, sur
         model.learn(64)
         results.append(flatten(list(model.policy.parameters())).detach())
     assert torch.equal(*results)
+
+
+def test_another_kind_of_critic_is_named_where_parameters_are_loaded(tmp_path: Path) -> None:
+    make(TRPO).save(tmp_path / "values")
+    with pytest.raises(ValueError, match="a value for each action, as critic='action_value' asks for"):
+        TRPO.load(tmp_path / "values", critic="action_value")
+    with pytest.raises(ValueError, match="a value of the state"):
+        make(TRPO).set_parameters(make(TRPO, **Q).get_parameters())
+
+
+class Saving(BaseCallback):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        self.model.save(self.path)
+        return True
+
+
+def test_a_model_is_saved_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
+    """Without what the rollout has put into it, and with what is the user's own."""
+    model = make(TRPO, bootstrap="max", **Q)
+    model.learn(32, callback=Saving(tmp_path / "model"))
+    assert "_update_info_buffer" not in vars(TRPO.load(tmp_path / "model"))
+    model._update_info_buffer = print
+    model.save(tmp_path / "own")
+    assert vars(TRPO.load(tmp_path / "own"))["_update_info_buffer"] is print
+
+
+def test_a_loss_over_all_actions_runs_the_policy_once() -> None:
+    options = {"batch_size": 24, "n_steps": 24, "surrogate": "expected", **Q}
+    model = with_rollout(make(PPOClip, **options))
+    part = model._prepared(batch := whole_rollout(model.rollout_buffer, model.action_space), model._comparison(batch))
+    calls: list[Any] = []
+    model.policy.action_net.register_forward_hook(lambda *_: calls.append(None))
+    model.loss_on(part)
+    assert len(calls) == 1

@@ -190,17 +190,15 @@ class MultiInputActionValuePolicy(ActionValues, MultiInputActorCriticPolicy):
     """SB3's ``MultiInputPolicy`` with a value for each action."""
 
 
-class MaskableActionValuePolicy(ActionValues, MaskableActorCriticPolicy):  # type: ignore[misc]  # masks are keywords
+class MaskableActionValuePolicy(ActionValues, MaskableActorCriticPolicy):
     """sb3-contrib's maskable ``MlpPolicy`` with a value for each action."""
 
 
-class MaskableActionValueCnnPolicy(ActionValues, MaskableActorCriticCnnPolicy):  # type: ignore[misc]
+class MaskableActionValueCnnPolicy(ActionValues, MaskableActorCriticCnnPolicy):
     """sb3-contrib's maskable ``CnnPolicy`` with a value for each action."""
 
 
-class MaskableMultiInputActionValuePolicy(  # type: ignore[misc]
-    ActionValues, MaskableMultiInputActorCriticPolicy
-):
+class MaskableMultiInputActionValuePolicy(ActionValues, MaskableMultiInputActorCriticPolicy):
     """sb3-contrib's maskable ``MultiInputPolicy`` with a value for each action."""
 
 

@@ -85,9 +85,7 @@ class PolicyOutput:
         """
         if len(batch.split(None)) > 1:  # several passes, of which the policy holds the last one's
             return cls.of(policy, batch)
-        evaluated = owner_of(policy, "evaluate_actions", (*KNOWN_POLICIES, ActionValues))
-        if evaluated is None:
-            return cls.of(policy, batch)
+        evaluated: Any = owner_of(policy, "evaluate_actions", (*KNOWN_POLICIES, ActionValues))
         usual = any(has_method_of(type(evaluated), "evaluate_actions", kind) for kind in KNOWN_POLICIES)
         if not usual or owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) is not evaluated:
             return cls.of(policy, batch)

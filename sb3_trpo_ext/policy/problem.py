@@ -85,9 +85,11 @@ class PolicyOutput:
         """
         if len(batch.split(None)) > 1:  # several passes, of which the policy holds the last one's
             return cls.of(policy, batch)
-        evaluated: Any = owner_of(policy, "evaluate_actions", (*KNOWN_POLICIES, ActionValues))
+        evaluated = owner_of(policy, "evaluate_actions", (*KNOWN_POLICIES, ActionValues))
         usual = any(has_method_of(type(evaluated), "evaluate_actions", kind) for kind in KNOWN_POLICIES)
-        if not usual or owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) is not evaluated:
+        if evaluated is None or not usual:
+            return cls.of(policy, batch)
+        if owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) != evaluated:
             return cls.of(policy, batch)
         return cls._read(evaluated.action_dist, batch)
 

@@ -81,28 +81,42 @@ class MaskableTRPO(TRPO, MaskableRollouts):  # type: ignore[misc]  # narrower at
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
 
     def _following_masks(self, env: VecEnv, use_masking: bool = True, *args: Any) -> Any:
-        return get_action_masks(env) if use_masking else None
+        if not use_masking:
+            return None
+        masks = get_action_masks(env)
+        self._require_options(np.asarray(masks).reshape(1, env.num_envs, -1), "after the rollout")
+        return masks
 
     def _check_rollout(self, buffer: RolloutBuffer) -> None:
+        self._check_masks(buffer)  # first: where nothing is allowed, a maximum over it is not finite
         super()._check_rollout(buffer)
-        self._check_masks(buffer)
 
     def _check_masks(self, buffer: RolloutBuffer) -> None:
         if not isinstance(buffer, MASKABLE_BUFFERS):
             return
+        allowed = by_time(buffer, buffer.action_masks).reshape(buffer.buffer_size, buffer.n_envs, -1)
+        self._require_options(allowed)
+
+    def _require_options(self, allowed: Any, when: str = "") -> None:
+        """Raise `ValueError` if masks, ``(T, E, K)``, allow no option of some choice.
+
+        Args:
+            allowed: The masks.
+            when: To which time they belong, in words; empty if they are those of the steps of the rollout.
+        """
         family = family_of(self.policy.action_dist)
         if not isinstance(family, CategoricalFamily):
             return  # a distribution of the user's own, whose options are not known
         ends = np.cumsum(family.sizes)[:-1]
-        allowed = by_time(buffer, buffer.action_masks).reshape(buffer.buffer_size, buffer.n_envs, -1)
         for choice, masks in enumerate(np.split(allowed, ends, axis=2)):
             forbidden = np.argwhere(~masks.any(axis=2))
             if len(forbidden):
                 self._last_obs = None
                 step, index = forbidden[0]
+                when = when or f"at step {step} of the rollout"
                 raise ValueError(
-                    f"`action_masks` of environment {index} allow no option of choice {choice} at step {step} of the "
-                    "rollout. The policy is unchanged. Let every state allow at least one."
+                    f"`action_masks` of environment {index} allow no option of choice {choice} {when}. The policy is "
+                    "unchanged. Let every state allow at least one."
                 )
 
     def learn(  # type: ignore[override]

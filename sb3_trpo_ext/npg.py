@@ -31,7 +31,8 @@ class NPG(NaturalGradientAlgorithm):
             the boundary.
         _init_setup_model: Build the networks at construction.
         **kwargs: Those of `TRPO` but for the line search's, ``trust_region``, ``kl_penalty``, ``momentum``,
-            ``sample_reuse`` and ``final_n_steps``.
+            ``sample_reuse`` and ``final_n_steps``. Without a line search the radius of ``target_kl_std`` bounds the
+            part of σ in the KL divergence exactly, and that of ``target_kl`` the mean's in the quadratic model.
 
     Raises:
         TypeError: For an unknown argument; one of TRPO's or PPO's is answered with what to use instead.
@@ -108,7 +109,9 @@ class NPG(NaturalGradientAlgorithm):
         direction = self._direction(problem)  # x ≈ F⁻¹g
         if not direction.is_usable:
             return self._no_direction(problem, direction)
-        return backtrack(problem, direction, self._step_size(direction), _rejection, max_steps=1)
+        size = self._step_size(direction)
+        step = self._spread(problem).step(direction, size)  # log σ, if it has a radius of its own, or a lowest value
+        return backtrack(step.problem, step.direction, size, _rejection, max_steps=1)
 
     def _step_size(self, direction: Direction) -> float:
         """α in force."""

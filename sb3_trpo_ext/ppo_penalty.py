@@ -87,6 +87,14 @@ class PPOPenalty(FirstOrderAlgorithm):
         surrogate: Where the critic has action values, ``"expected"`` makes of the policy's loss the sum over actions
             Σ_a π_old(a|s) r A, with A(s,·) of the critic as it is at the minibatch; ``"sampled"`` goes by the
             actions taken.
+        log_std: Who sets log σ of Gaussian actions (Box, without gSDE). ``"learned"``: the policy gradient, from
+            policy_kwargs' ``log_std_init`` on, as in SB3; it falls because less noise pays at once, too early for some
+            tasks and too late for others. ``"fixed"``: it stays what ``log_std_init`` made it. A schedule of the
+            remaining progress, ``LinearSchedule(-0.5, -1.5, 1.0)`` say, is log σ itself: it is set before each rollout,
+            for the rollout and its update, whatever ``load`` or ``set_parameters`` brought, and ``learn`` leaves that
+            of the last rollout. A σ that is fixed or scheduled is no part of the update: its ``param.grad`` is None,
+            and Adam does not move it. To change who sets it, pass another ``log_std`` to ``load``.
+        log_std_min: Lowest log σ where it is learnt; None for none. Every step is projected onto it.
         fast_rollouts: Collect without calling the policy's modules where these are plain layers on the CPU
             (``rollout_path`` tells): the same random numbers, actions, buffers and callbacks as SB3's own loop, up to
             the last bits of float32, in a third of its time. ``"exact"`` has the last bits too and takes somewhat

@@ -33,7 +33,8 @@ class TRPO(NaturalGradientAlgorithm):
     leaves the policy as it was, bit for bit. So does a rollout whose advantages are all equal up to rounding.
 
     After an update ``param.grad`` of every parameter that the policy's output reaches holds -∇L at θ_old (the gradient
-    of a loss, as a backward pass of SB3's PPO leaves it), also where the update was rejected; of the others, None.
+    of a loss, as a backward pass of SB3's PPO leaves it), also where the update was rejected; of the others, and of
+    a σ that is not learnt, None.
 
     A drop-in for ``sb3_contrib.TRPO``: its arguments come first, with its names, order and defaults. The KL divergence
     that is computed, constrained and logged is the *joint* one, summed over action dimensions.
@@ -119,6 +120,23 @@ class TRPO(NaturalGradientAlgorithm):
             geometrically from ``n_steps`` to it with the progress of training. Small rollouts make many steps while the
             gradient is large, large ones average its noise away when it is small (Byrd et al. 2012,
             https://doi.org/10.1007/s10107-012-0572-5). None keeps ``n_steps``.
+        log_std: Who sets log σ of Gaussian actions (Box, without gSDE). ``"learned"``: the policy gradient, from
+            policy_kwargs' ``log_std_init`` on, as in SB3; it falls because less noise pays at once, too early for some
+            tasks and too late for others. ``"fixed"``: it stays what ``log_std_init`` made it. A schedule of the
+            remaining progress, ``LinearSchedule(-0.5, -1.5, 1.0)`` say, is log σ itself: it is set before each rollout,
+            for the rollout and its update, whatever ``load`` or ``set_parameters`` brought, and ``learn`` leaves that
+            of the last rollout. A σ that is fixed or scheduled is no part of the update: its ``param.grad`` is None,
+            and KL divergence, radius and gradient are the mean's. Momentum goes on over a schedule's small changes, and
+            the ratios of ``sample_reuse`` are to the policies that acted, each with its own σ. To change who sets it,
+            pass another ``log_std`` to ``load``.
+        log_std_min: Lowest log σ where it is learnt; None for none. No trial of the line search is below it, and a
+            dimension that is there and pulled further leaves its share of the radius to the others.
+        target_kl_std: A radius of its own for σ, a float or a schedule, per action dimension as ``target_kl`` is; None
+            lets it share that one. The Fisher matrix has a block of the mean's parameters and one of log σ, which is
+            2I, and zeros between them, so that both steps are natural ones: the mean's to δ, and that of log σ, half
+            its gradient, to ``target_kl_std``. The line search keeps the mean's part of the KL divergence below the
+            first and that of σ below the second, in its exact form. ``train/target_kl_std`` logs the radius,
+            ``train/kl_std`` what was used of it. A small one slows σ down without holding it.
         curvature_samples: Most samples, drawn at random from the rollout, that the Fisher matrix and the matrix of the
             Gauss-Newton critic are estimated from. None for all.
         fisher_chunk_size: Most samples in one forward pass of the update; bounds its memory. ``"auto"`` measures what
@@ -267,9 +285,7 @@ class TRPO(NaturalGradientAlgorithm):
         """Steps of each environment in the next rollout: ``n_steps``, or on the way to ``final_n_steps``."""
         if self.final_n_steps is None:
             return self.n_steps
-        # What SB3 keeps as the progress is that of the last update: the previous ``learn``'s, at the start of another.
-        progress = min(self.num_timesteps / max(self._total_timesteps, 1), 1.0)
-        return round(self.n_steps * (self.final_n_steps / self.n_steps) ** progress)
+        return round(self.n_steps * (self.final_n_steps / self.n_steps) ** self._rollout_progress())
 
     def _checkpoints(self) -> tuple[Restorable, ...]:
         return (*super()._checkpoints(), Attributes(self, "gradient_memory"))
@@ -295,6 +311,11 @@ class TRPO(NaturalGradientAlgorithm):
         """δ in force: the bound on the joint KL divergence, in nats."""
         return shared_radius(super().trust_region_radius(), self.sample_reuse)
 
+    def spread_radius(self) -> float | None:
+        """δ_σ in force: the bound on the part of σ in the KL divergence, in nats; None where it shares δ."""
+        radius = super().spread_radius()
+        return None if radius is None else shared_radius(radius, self.sample_reuse)
+
     def _policy_step(self, problem: PolicyProblem) -> PolicyStep:
         """A full step along the heavy ball's direction; the plain step where there is none or that is rejected.
 
@@ -319,12 +340,13 @@ class TRPO(NaturalGradientAlgorithm):
             return self._no_direction(problem, direction)
         region = self._region(problem)
         size = region.full_step(problem, direction)  # ½ sᵀFs = δ
-        test = Acceptance(region, problem.start, size * direction.slope, self.line_search_accept_ratio)
+        step = self._spread(problem).step(direction, size)  # log σ, if it has a radius of its own, or a lowest value
+        test = Acceptance(region, problem.start, size * step.direction.slope, self.line_search_accept_ratio)
         return backtrack(  # θ_old + β^k s where L improves and D <= δ, otherwise θ_old
-            problem,
-            direction,
+            step.problem,
+            step.direction,
             size,
-            test.rejection,
+            step.rejection(test),
             shrink=self.line_search_shrinking_factor,
             max_steps=most_trials,
         )

@@ -40,9 +40,9 @@ ACTION_VALUES: dict[str, dict[str, Any]] = {
 ACTION_VALUE_TASKS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"n_timesteps": 50_000, "n_envs": 8, "n_steps": 256},
     "Acrobot-v1": {"n_timesteps": 100_000, "n_envs": 8, "n_steps": 128, "normalize": True},
-    "MountainCar-v0": {"n_timesteps": 300_000, "n_envs": 16, "n_steps": 128, "gae_lambda": 0.98, "normalize": True},
-    "LunarLander-v3": {"n_timesteps": 200_000, "n_envs": 8, "n_steps": 256, "gamma": 0.999, "gae_lambda": 0.98},
-    "Taxi-v4": {"n_timesteps": 200_000, "n_envs": 8, "n_steps": 256, "masks": True},
+    "MountainCar-v0": {"n_timesteps": 150_000, "n_envs": 16, "n_steps": 128, "gae_lambda": 0.98, "normalize": True},
+    "LunarLander-v3": {"n_timesteps": 100_000, "n_envs": 8, "n_steps": 256, "gamma": 0.999, "gae_lambda": 0.98},
+    "Taxi-v4": {"n_timesteps": 150_000, "n_envs": 8, "n_steps": 256, "masks": True},
 }
 SEEDS = range(10)
 ACTION_VALUE_SEEDS = range(5)

@@ -19,6 +19,9 @@ from torch.optim.adam import adam
 from sb3_trpo_ext.core.parameters import HasParameters, flatten, trainable, unflatten
 from sb3_trpo_ext.core.reduction import ALONE, Reduction
 
+Lowest = Mapping[nn.Parameter, float]
+"""Parameters whose numbers are raised to a lowest one after each step: the step is projected."""
+
 LARGEST_FLAT = 2**18
 """Numbers above which copying the vector takes longer than the small calls that it saves, but for the fused kernel."""
 
@@ -43,6 +46,7 @@ class FlatOptimizer:
         frozen: Parameters that are not to be moved; in the block they have no gradient, afterwards that from before.
         fused: Run Adam as one kernel where torch has one; it rounds differently in the last bit.
         reduction: Between the workers that are to round alike; where one cannot, none does.
+        lowest: See `Lowest`.
     """
 
     def __init__(
@@ -53,10 +57,12 @@ class FlatOptimizer:
         *,
         fused: bool = False,
         reduction: Reduction = ALONE,
+        lowest: Lowest | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._frozen = frozen
         self._fused = fused
+        self._lowest: Lowest = lowest or {}
         self._params = [param for param in trainable(module) if param not in frozen]
         self._by_itself = (
             not is_plain_adam(optimizer, module, self._params)
@@ -141,17 +147,23 @@ class FlatOptimizer:
     def _step(self, reached: list[nn.Parameter]) -> None:
         """Step along the gradients, by the flat Adam where that may."""
         if self._by_itself or not reached:
-            self._optimizer.step()
+            self._step_by_itself()
             return
         if len(reached) != len(self._reached) or any(a is not b for a, b in zip(reached, self._reached, strict=True)):
             self._write_back()
             self._reached = reached
             if _has_a_flat_form(self._optimizer, reached):
-                self._flat = FlatAdam(self._optimizer, reached, fused=self._fused)
+                self._flat = FlatAdam(self._optimizer, reached, fused=self._fused, lowest=self._lowest)
         if self._flat is not None:
             self._flat.step()
         else:
-            self._optimizer.step()
+            self._step_by_itself()
+
+    @torch.no_grad()
+    def _step_by_itself(self) -> None:
+        self._optimizer.step()
+        for param, lowest in self._lowest.items():
+            param.clamp_(min=lowest)
 
     def _backward(self, loss: Tensor) -> bool:
         """Fill in the gradients of what is to be moved; False if nothing that the loss is made of can move."""
@@ -200,15 +212,25 @@ class FlatAdam:
         optimizer: An optimiser of which `is_plain_adam` and `has_one_state` say that it has a flat form.
         params: The parameters.
         fused: Run Adam as one kernel where torch has one.
+        lowest: See `Lowest`.
 
     Attributes:
         vector: The parameters, ``(P,)``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], *, fused: bool) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        *,
+        fused: bool,
+        lowest: Lowest | None = None,
+    ) -> None:
         self._params = params
         self.vector = nn.Parameter(flatten(params).detach())
         self._views = list(unflatten(self.vector.detach(), params))
+        pieces = self.pieces(self.vector.detach())
+        self._bounded = [(pieces[param], bound) for param, bound in (lowest or {}).items() if param in pieces]
         kind = torch.optim.AdamW if isinstance(optimizer, torch.optim.AdamW) else torch.optim.Adam
         self._adam = kind([self.vector])
         self._group = group = self._adam.param_groups[0]
@@ -234,10 +256,19 @@ class FlatAdam:
         """One step of Adam along the parameters' gradients, which brings the parameters along."""
         self.vector.grad = flatten(_gradients(self._params))
         self._adam.step()
+        self._raise()
         self.bring_along()
+
+    def _raise(self) -> None:
+        for piece, lowest in self._bounded:
+            piece.clamp_(min=lowest)
 
     def step_along(self, gradient: Tensor) -> None:
         """One step of Adam of the vector alone, without telling those who watch optimisers."""
+        self._step_along(gradient)
+        self._raise()
+
+    def _step_along(self, gradient: Tensor) -> None:
         state, group = self._adam.state.get(self.vector), self._group
         if not (self._is_usual and state):
             self.vector.grad = gradient
@@ -286,6 +317,7 @@ class FlatDescent:
         optimizer: An optimiser that `can_descend`.
         params: The parameters.
         others: Those that no gradient reaches, and of which none from before is left.
+        lowest: See `Lowest`.
 
     Attributes:
         parameters: Where they are in the block.
@@ -294,14 +326,18 @@ class FlatDescent:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], others: Iterable[nn.Parameter] = ()
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        others: Iterable[nn.Parameter] = (),
+        lowest: Lowest | None = None,
     ) -> None:
-        self._optimizer, self._params, self._others = optimizer, params, list(others)
+        self._optimizer, self._params, self._others, self._lowest = optimizer, params, list(others), lowest
         self._has_stepped = False
 
     def __enter__(self) -> FlatDescent:
         """Lay the parameters and the optimiser's state out as vectors."""
-        self._adam = FlatAdam(self._optimizer, self._params, fused=True)
+        self._adam = FlatAdam(self._optimizer, self._params, fused=True, lowest=self._lowest)
         self.parameters = self._adam.pieces(self._adam.vector.detach())
         self.gradient = torch.zeros_like(self._adam.vector.detach())
         self.gradients = self._adam.pieces(self.gradient)

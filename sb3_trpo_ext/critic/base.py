@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -17,7 +17,7 @@ from sb3_trpo_ext.core.curvature import Jacobian, Linearization
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
-from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, has_method_of, of_taken
+from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, has_action_values, has_method_of, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.known_classes import owner_of
 from sb3_trpo_ext.rollout.past_rollouts import PastRollout
@@ -73,9 +73,11 @@ class Critic(ABC):
     Attributes:
         n_rollouts: M: the critic is fitted on the last M rollouts. The model keeps them: their samples are in
             `Regression.batch`. 1 unless a critic says otherwise; what has no order or hidden states allows no more.
+        needs_order: Whether `fit` needs ``regression.trajectories``; a model that has none is then refused.
     """
 
     n_rollouts: int = 1
+    needs_order: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, regression: Regression) -> float:
@@ -168,10 +170,11 @@ class ValueFunction:
 def _plain_critic_of(policy: ActorCriticPolicy) -> Any:
     """What has the modules of a critic of which `KNOWN_VALUES` holds, or None."""
     found = owner_of(policy, "predict_values", KNOWN_VALUES)
-    if found is not None or not isinstance(policy, ActionValues):
+    if found is not None or not has_action_values(policy):
         return found
-    is_usual = any(has_method_of(type(policy), "predict_values", kind) for kind in KNOWN_VALUES)
-    return policy if is_usual and owner_of(policy, "action_values", [ActionValues]) is policy else None
+    owner = owner_of(policy, "action_values", [ActionValues])
+    is_usual = any(has_method_of(type(owner), "predict_values", kind) for kind in KNOWN_VALUES)
+    return owner if is_usual else None
 
 
 def has_state(critic: Critic) -> bool:

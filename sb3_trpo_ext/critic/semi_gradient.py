@@ -24,6 +24,8 @@ class SemiGradientCritic(Critic):
         discounted: Whether there is a γⁿ, as in those boxes. With it a long episode's late steps teach nothing.
     """
 
+    needs_order = True
+
     def __init__(self, *, discounted: bool = False) -> None:
         if not isinstance(discounted, bool):
             raise ValueError(f"`critic_kwargs['discounted']` must be True or False, got {discounted!r}.")
@@ -32,11 +34,7 @@ class SemiGradientCritic(Critic):
     def fit(self, regression: Regression) -> float:
         """Take the steps; see `Critic.fit`."""
         rollout, values = regression.trajectories, ValueFunction(regression, keep_features=False)
-        if rollout is None:
-            raise ValueError(
-                "The critic 'semi_gradient' needs the steps of a rollout in their order, as SB3's own rollout buffers "
-                "for policies without memory keep them. Leave out `rollout_buffer_class`, or use another critic."
-            )
+        assert rollout is not None  # see needs_order
         steps, envs = rollout.rewards.shape
         parts = regression.batch.split(envs)
         rewards, starts = (torch.as_tensor(array).to(parts[0].weights) for array in (rollout.rewards, rollout.starts))

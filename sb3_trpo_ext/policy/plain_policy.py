@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sb3_trpo_ext.core.curvature import Jacobian
 from sb3_trpo_ext.core.flat_optimizer import is_awaited, is_observed
-from sb3_trpo_ext.core.parameters import flatten, unflatten
+from sb3_trpo_ext.core.parameters import flatten, trainable, unflatten
 from sb3_trpo_ext.policy.distributions import OWN_FAMILIES, family_of
 from sb3_trpo_ext.policy.perceptron import Perceptron, parameters_of
 from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
@@ -46,7 +46,7 @@ class PlainPolicy:
 
     Raises:
         NotCoveredError: If any part of the policy could compute otherwise than plain layers would, somebody may look at
-            a gradient on its way, or a parameter is frozen or shared between actor and critic.
+            a gradient on its way, or a parameter is shared between actor and critic, or frozen (log σ may be).
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
@@ -56,17 +56,17 @@ class PlainPolicy:
         if isinstance(policy, RecurrentActorCriticPolicy):
             raise NotCoveredError("a policy with memory")
         self._policy: Any = policy
-        self._require_usual()
-        self.family: Any = family_of(policy.action_dist)
         self.has_action_values = isinstance(policy, ActionValues)
-        self.n_features = int(policy.pi_features_extractor.features_dim)
-        self.actor_modules = [policy.mlp_extractor.policy_net, policy.action_net]
-        self.critic_modules = [policy.mlp_extractor.value_net, policy.value_net]
         self.log_std: nn.Parameter | None = None
         if isinstance(policy.action_dist, DiagGaussianDistribution):
             self.log_std = policy.log_std
             if self.log_std.shape != (policy.action_net.out_features,):
                 raise NotCoveredError("a log σ that is not one of each dimension")
+        self._require_usual()
+        self.family: Any = family_of(policy.action_dist)
+        self.n_features = int(policy.pi_features_extractor.features_dim)
+        self.actor_modules = [policy.mlp_extractor.policy_net, policy.action_net]
+        self.critic_modules = [policy.mlp_extractor.value_net, policy.value_net]
         if self.actor_parameters() & self.critic_parameters():
             raise NotCoveredError("layers that actor and critic share")
         self._networks: dict[tuple[str, int], Perceptron] = {}
@@ -80,7 +80,7 @@ class PlainPolicy:
             raise NotCoveredError("a family of the user's own")
         if is_observed(self._policy):
             raise NotCoveredError("a hook of a parameter or a module")
-        if not all(param.requires_grad for param in self._policy.parameters()):
+        if not all(param.requires_grad for param in self._policy.parameters() if param is not self.log_std):
             raise NotCoveredError("frozen parameters")
         if self._is_awaited():
             self._let_go()
@@ -88,7 +88,7 @@ class PlainPolicy:
             raise NotCoveredError("somebody who waits for the gradient of a parameter")
 
     def _is_awaited(self) -> bool:
-        return any(map(is_awaited, self._policy.parameters()))
+        return any(map(is_awaited, trainable(self._policy)))
 
     @torch.no_grad()
     def _let_go(self) -> None:
@@ -117,9 +117,9 @@ class PlainPolicy:
         return type(None), ()
 
     def actor_parameters(self) -> set[nn.Parameter]:
-        """Those that π depends on."""
+        """Those that π depends on and that can be trained."""
         found = {*parameters_of(self.actor_modules)}
-        return found if self.log_std is None else found | {self.log_std}
+        return found if self.log_std is None or not self.log_std.requires_grad else found | {self.log_std}
 
     def critic_parameters(self) -> set[nn.Parameter]:
         """Those that V depends on."""
@@ -160,7 +160,11 @@ class PlainPolicy:
         """Outputs of a network, a leaf like the parameters beside it: no graph of ours holds the parameters."""
         tracked = torch.is_grad_enabled()
         y = network.forward().clone().requires_grad_(tracked)
-        self._leaves = {param: param.detach().requires_grad_(tracked) for param in others if param is not None}
+        self._leaves = {
+            param: param.detach().requires_grad_(tracked and param.requires_grad)
+            for param in others
+            if param is not None
+        }
         self._last = network, y
         return y
 
@@ -168,7 +172,8 @@ class PlainPolicy:
         """Gradient of a sum of scalars, each of what was asked last when it is come by; see `parameters.gradient`."""
         total: dict[nn.Parameter, Tensor] = {}
         for term in terms:
-            (network, y), leaves = self._last, self._leaves
+            network, y = self._last
+            leaves = {param: leaf for param, leaf in self._leaves.items() if leaf.requires_grad}
             u, *others = torch.autograd.grad(term, [y, *leaves.values()], materialize_grads=True)
             network.u.copy_(u)
             network.pullback()
@@ -236,7 +241,7 @@ class PerceptronJacobian:
     Args:
         network: At θ; nobody else's.
         params: θ, P numbers in all.
-        log_std: log σ, the same for all rows; None for none.
+        log_std: log σ, the same for all rows, which need not be one of θ; None for none.
         is_scalar: Whether z has no axis of columns.
     """
 
@@ -256,7 +261,8 @@ class PerceptronJacobian:
         tangent = dict(zip(self._params, unflatten(vector, self._params), strict=True))
         image = self._network.pushforward(tangent)
         if self._log_std is not None:
-            return torch.cat([image, tangent[self._log_std].expand_as(image)], dim=1)
+            spread = tangent.get(self._log_std)
+            return torch.cat([image, torch.zeros_like(image) if spread is None else spread.expand_as(image)], dim=1)
         return image.flatten() if self._is_scalar else image
 
     def vjp(self, cotangent: Tensor) -> Tensor:

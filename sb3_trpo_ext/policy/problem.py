@@ -18,7 +18,7 @@ from sb3_trpo_ext.core.objectives import expected_surrogate, importance_sampled_
 from sb3_trpo_ext.core.parameters import flatten, gradient, trainable
 from sb3_trpo_ext.policy.distributions import Family, SampledFamily, check_family, family_of
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
-from sb3_trpo_ext.rollout.action_values import probabilities_of
+from sb3_trpo_ext.rollout.action_values import ActionValues, has_method_of, probabilities_of
 from sb3_trpo_ext.rollout.batch import Batch, fits
 from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES, owner_of
 
@@ -85,8 +85,11 @@ class PolicyOutput:
         """
         if len(batch.split(None)) > 1:  # several passes, of which the policy holds the last one's
             return cls.of(policy, batch)
-        evaluated = owner_of(policy, "evaluate_actions", KNOWN_POLICIES)
-        if evaluated is None or owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) != evaluated:
+        evaluated = owner_of(policy, "evaluate_actions", (*KNOWN_POLICIES, ActionValues))
+        usual = any(has_method_of(type(evaluated), "evaluate_actions", kind) for kind in KNOWN_POLICIES)
+        if evaluated is None or not usual:
+            return cls.of(policy, batch)
+        if owner_of(evaluated, "_get_action_dist_from_latent", KNOWN_POLICIES) != evaluated:
             return cls.of(policy, batch)
         return cls._read(evaluated.action_dist, batch)
 

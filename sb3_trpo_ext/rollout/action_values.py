@@ -23,6 +23,8 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from sb3_trpo_ext.rollout.known_classes import KNOWN_POLICIES, owner_of
+
 Evaluated = tuple[Tensor, Tensor, Tensor | None]
 
 Bootstrap = Literal["expected", "max"]
@@ -47,11 +49,20 @@ class ActionValues:
         parent: Any = super()
         parent._build(lr_schedule)
         policy: Any = self
-        narrow: nn.Linear = policy.value_net
-        policy.value_net = nn.Linear(narrow.in_features, int(self.action_space.n))
+        narrow = policy.value_net
+        if not isinstance(narrow, nn.Linear):
+            raise ValueError(
+                f"{type(self).__name__} has a `value_net` of class {type(narrow).__name__}, where ActionValues needs a "
+                "torch.nn.Linear to put a wider one in its place. Put the layers before it into `mlp_extractor`."
+            )
+        wide = policy.value_net = nn.Linear(narrow.in_features, int(self.action_space.n))
         if policy.ortho_init:
-            policy.value_net.apply(lambda module: policy.init_weights(module, gain=1))
-        policy.optimizer = policy.optimizer_class(policy.parameters(), lr=lr_schedule(1), **policy.optimizer_kwargs)
+            wide.apply(lambda module: policy.init_weights(module, gain=1))
+        groups, params = policy.optimizer.param_groups, policy.parameters()
+        if len(groups) > 1:  # those of a policy of the user's own
+            new = dict(zip(narrow.parameters(), wide.parameters(), strict=True))
+            params = [{**group, "params": [new.get(param, param) for param in group["params"]]} for group in groups]
+        policy.optimizer = policy.optimizer_class(params, lr=lr_schedule(1), **policy.optimizer_kwargs)
 
     def action_values(self, obs: PyTorchObs) -> Tensor:
         """Q(s,·), ``(N, K)``."""
@@ -87,22 +98,27 @@ class ActionValues:
         """Actions, V(s) ``(N, 1)`` and log π(a|s), as the policy's own ``forward``."""
         parent: Any = super()
         actions, action_values, log_prob = parent.forward(obs, *args, **kwargs)
-        return actions, self._value_of(action_values), log_prob
+        masks = kwargs.get("action_masks", args[1] if len(args) > 1 else None)
+        return actions, self._value_of(action_values, obs, masks), log_prob
 
-    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, **kwargs: Any) -> Evaluated:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor, *args: Any, **kwargs: Any) -> Evaluated:
         """V(s) ``(N, 1)``, log π(a|s) and the entropy of π(·|s), as the policy's own ``evaluate_actions``."""
-        action_values, log_prob, entropy = self.evaluate_action_values(obs, actions, **kwargs)
-        return self._value_of(action_values), log_prob, entropy
+        action_values, log_prob, entropy = self.evaluate_action_values(obs, actions, *args, **kwargs)
+        return self._value_of(action_values, obs, *args, **kwargs), log_prob, entropy
 
-    def evaluate_action_values(self, obs: PyTorchObs, actions: Tensor, **kwargs: Any) -> Evaluated:
+    def evaluate_action_values(self, obs: PyTorchObs, actions: Tensor, *args: Any, **kwargs: Any) -> Evaluated:
         """Q(s,·) ``(N, K)`` in place of V(s)."""
         parent: Any = super()
-        evaluated: Evaluated = parent.evaluate_actions(obs, actions, **kwargs)
+        evaluated: Evaluated = parent.evaluate_actions(obs, actions, *args, **kwargs)
         return evaluated
 
-    def _value_of(self, action_values: Tensor) -> Tensor:
-        """V(s) of the states that the policy was run on last."""
-        return expectation(probabilities_of(self.action_dist).detach(), action_values)
+    def _value_of(self, action_values: Tensor, obs: PyTorchObs, action_masks: Any = None) -> Tensor:
+        """V(s) of the states that the policy was run on last, whose π it still holds if it is one of SB3's."""
+        if owner_of(self, "_get_action_dist_from_latent", KNOWN_POLICIES) is self:
+            probabilities = probabilities_of(self.action_dist).detach()
+        else:
+            probabilities = self.probabilities(obs, action_masks)
+        return expectation(probabilities, action_values)
 
 
 def probabilities_of(distribution: Distribution) -> Tensor:
@@ -120,6 +136,12 @@ OF_ACTION_VALUES = ("action_values", "probabilities", "greedy_values", "evaluate
 """Methods that a policy of `ActionValues` has beyond those of SB3's."""
 
 
+def has_action_values(policy: Any) -> bool:
+    """Whether a policy, or what a wrapper such as that of ``torch.compile`` hands on to, is one of `ActionValues`."""
+    method = getattr(policy, "evaluate_action_values", None)
+    return isinstance(policy, ActionValues) or isinstance(getattr(method, "__self__", None), ActionValues)
+
+
 def has_method_of(policy_class: type, name: str, known: type) -> bool:
     """Whether a policy class has a method as a known class has it, be there `ActionValues` before it or not."""
     if not issubclass(policy_class, ActionValues):
@@ -131,7 +153,7 @@ def has_method_of(policy_class: type, name: str, known: type) -> bool:
     return method is vars(ActionValues).get(name, below) and below is getattr(known, name, None)
 
 
-def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks: Any, bootstrap: Bootstrap) -> Tensor:
+def following_values(policy: Any, observations: PyTorchObs, masks: Any, bootstrap: Bootstrap) -> Tensor:
     """What is expected to follow some states: Σ_a π Q or max_a Q over the allowed actions, or V(s), ``(N,)``.
 
     Args:
@@ -140,7 +162,8 @@ def following_values(policy: ActorCriticPolicy, observations: PyTorchObs, masks:
         masks: Which actions they allow, ``(N, K)``; None for all. A state-value function does not look at them.
         bootstrap: ``"expected"`` or ``"max"``.
     """
-    if not isinstance(policy, ActionValues):
+    values: Tensor
+    if not has_action_values(policy):
         values = policy.predict_values(observations)
     elif bootstrap == "max":
         values = policy.greedy_values(observations, masks)
@@ -167,17 +190,15 @@ class MultiInputActionValuePolicy(ActionValues, MultiInputActorCriticPolicy):
     """SB3's ``MultiInputPolicy`` with a value for each action."""
 
 
-class MaskableActionValuePolicy(ActionValues, MaskableActorCriticPolicy):  # type: ignore[misc]  # masks are keywords
+class MaskableActionValuePolicy(ActionValues, MaskableActorCriticPolicy):
     """sb3-contrib's maskable ``MlpPolicy`` with a value for each action."""
 
 
-class MaskableActionValueCnnPolicy(ActionValues, MaskableActorCriticCnnPolicy):  # type: ignore[misc]
+class MaskableActionValueCnnPolicy(ActionValues, MaskableActorCriticCnnPolicy):
     """sb3-contrib's maskable ``CnnPolicy`` with a value for each action."""
 
 
-class MaskableMultiInputActionValuePolicy(  # type: ignore[misc]
-    ActionValues, MaskableMultiInputActorCriticPolicy
-):
+class MaskableMultiInputActionValuePolicy(ActionValues, MaskableMultiInputActorCriticPolicy):
     """sb3-contrib's maskable ``MultiInputPolicy`` with a value for each action."""
 
 
@@ -203,8 +224,14 @@ def with_action_values(policy_class: type[BasePolicy], action_space: spaces.Spac
     """
     if not isinstance(action_space, spaces.Discrete):
         raise ValueError(
-            "`critic='action_value'` has one output for each action, which needs Discrete actions, got "
-            f"{action_space}. Use another critic."
+            "A critic with a value for each action (`critic='action_value'`, or a policy that derives from "
+            f"ActionValues) needs Discrete actions, got {action_space}. Use another critic, and a policy without."
+        )
+    lines = policy_class.__mro__
+    if ActionValues in lines and any(kind in lines[: lines.index(ActionValues)] for kind in KNOWN_POLICIES):
+        raise ValueError(
+            f"{policy_class.__name__} lists ActionValues behind the policy that it is to change, which has no effect. "
+            "List it first: `class Mine(sb3_trpo_ext.ActionValues, MyPolicy)`."
         )
     if issubclass(policy_class, ActionValues) and not issubclass(policy_class, RecurrentActorCriticPolicy):
         return policy_class

@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
 from sb3_trpo_ext.core.reduction import ALONE, Reduction, merged_moments
-from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
+from sb3_trpo_ext.rollout.action_values import Evaluated, has_action_values, of_taken
 
 
 @dataclass(frozen=True)
@@ -158,20 +158,22 @@ class Batch:
         """
         return policy.get_distribution(self.inputs, **self._masks)
 
-    def values(self, policy: ActorCriticPolicy) -> Tensor:
+    def values(self, policy: Any) -> Tensor:
         """What the critic says of the samples: V(s), or Q(s,a) where it has a value for each action, ``(N,)``."""
-        if isinstance(policy, ActionValues):
+        if has_action_values(policy):
             return of_taken(policy.action_values(self.inputs), self.actions)
-        return policy.predict_values(self.inputs).flatten()
+        values: Tensor = policy.predict_values(self.inputs)
+        return values.flatten()
 
     def evaluate_actions(self, policy: ActorCriticPolicy) -> tuple[Tensor, Tensor, Tensor | None]:
         """V(s), log π(a|s) and, if it has a closed form, the entropy of π(·|s), ``(N,)`` each, in one forward pass."""
         values, log_prob, entropy = policy.evaluate_actions(self.inputs, self.actions, **self._masks)
         return values.flatten(), log_prob, entropy
 
-    def evaluate_action_values(self, policy: ActionValues) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate_action_values(self, policy: Any) -> Evaluated:
         """Q(s,·), ``(N, K)``, in place of V(s)."""
-        return policy.evaluate_action_values(self.inputs, self.actions, **self._masks)
+        evaluated: Evaluated = policy.evaluate_action_values(self.inputs, self.actions, **self._masks)
+        return evaluated
 
     @property
     def _masks(self) -> dict[str, Tensor]:

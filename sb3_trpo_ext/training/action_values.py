@@ -38,6 +38,18 @@ class CutOff(NamedTuple):
     info: dict[str, Any]
 
 
+@contextmanager
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Give an object another method within the block; one of its own that it had before it has again afterwards."""
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(before)
+
+
 class ActionValueAlgorithm(ResumableAlgorithm):
     """An algorithm that knows what to do with a policy of `ActionValues`, and is as it is with any other.
 
@@ -91,6 +103,11 @@ class ActionValueAlgorithm(ResumableAlgorithm):
                     f"`{name}={value!r}` needs a value for each action, got it with critic={self.critic!r}. Pass "
                     "critic='action_value' too."
                 )
+        if self.has_action_values and not issubclass(self.policy_class, ActionValues):
+            raise ValueError(
+                "`critic='action_value'` came when the policy had been made already, a "
+                f"{self.policy_class.__name__} with a value for each state. Make a new model with it."
+            )
         if self.has_action_values and self.rollout_buffer_class not in (None, *VIEWED_BUFFERS):
             raise ValueError(
                 "A critic with a value for each action needs the arrays of SB3's own rollout buffers, got "
@@ -127,18 +144,17 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             masks = self._following_masks(env, *args)
             self._masks_after = None if masks is None else torch.as_tensor(np.asarray(masks)).view(buffer.n_envs, -1)
             self._estimate(buffer, cut_off, dones)
+            cut_off.clear()  # their rewards are as they should be, if a callback asks once more
 
         # What SB3's loop calls once a step, and at the end before the callback hears of it.
-        self._update_info_buffer = note_cut_off  # type: ignore[assignment, method-assign]
-        buffer.compute_returns_and_advantage = estimate  # type: ignore[method-assign]
-        try:
+        own = _replaced(self, "_update_info_buffer", note_cut_off)
+        with own, _replaced(buffer, "compute_returns_and_advantage", estimate):
             yield
-        finally:
-            vars(self).pop("_update_info_buffer", None)
-            vars(buffer).pop("compute_returns_and_advantage", None)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_update_info_buffer", "_masks_after"]
+        replaced = getattr(vars(self).get("_update_info_buffer"), "__module__", "") == __name__
+        ours = ["_masks_after", "_update_info_buffer"] if replaced else ["_masks_after"]
+        return [*super()._excluded_save_params(), *ours]
 
     @torch.no_grad()
     def _estimate(self, buffer: RolloutBuffer, cut_off: list[CutOff], dones: np.ndarray) -> None:
@@ -174,7 +190,7 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             trace_decay=self.gae_lambda,
             bootstraps=bootstraps,
         )
-        buffer.advantages = advantages.cpu().numpy()
+        buffer.advantages = advantages.cpu().numpy().astype(buffer.values.dtype)
         buffer.returns = buffer.advantages + buffer.values
 
     def _bootstraps(self, observations: Any, masks: Any) -> Tensor:
@@ -188,7 +204,10 @@ class ActionValueAlgorithm(ResumableAlgorithm):
         """
         if self._masks_after is None:  # the policy takes every action
             return None
-        mask = np.asarray(info.get("action_mask", ()))
+        try:
+            mask = np.asarray(info.get("action_mask", ())).astype(bool)
+        except ValueError:  # something else of that name
+            return None
         allows = mask.shape == (int(self.action_space.n),) and bool(mask.any())  # type: ignore[attr-defined]
         return torch.as_tensor(mask).view(1, -1) if allows else None
 

@@ -29,8 +29,17 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.core.arguments import check_finite, check_integer, check_schedule
+from sb3_trpo_ext.core.flat_optimizer import Lowest
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.evaluation import UNVALIDATED, consistent_evaluation
+from sb3_trpo_ext.policy.exploration import (
+    LogStd,
+    asked_of,
+    check_exploration,
+    representable,
+    require_spread,
+    set_spread,
+)
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.signal import CURES
 from sb3_trpo_ext.rollout.action_spaces import KINDS
@@ -52,7 +61,7 @@ from sb3_trpo_ext.training.transaction import (
     StateCheckpoint,
 )
 
-OURS = {"fast_rollouts", "fast_updates", "distributed", "bootstrap", "surrogate"}
+OURS = {"fast_rollouts", "fast_updates", "distributed", "bootstrap", "surrogate", "log_std", "log_std_min"}
 
 PASSED_ON = {*inspect.signature(OnPolicyAlgorithm.__init__).parameters, *OURS} - {
     "monitor_wrapper",
@@ -116,11 +125,15 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         *,
         fast_rollouts: bool | Literal["exact"] = True,
         fast_updates: bool = True,
+        log_std: LogStd = "learned",
+        log_std_min: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, env, **kwargs, _init_setup_model=False, supported_action_spaces=tuple(KINDS))
         self.fast_rollouts = fast_rollouts
         self.fast_updates = fast_updates
+        self.log_std = log_std
+        self.log_std_min = log_std_min
         self.rollout_path = self.update_path = ""
         self._plain_policy: PlainPolicy | None = None
         self._last_stand_in: PlainPolicy | None = None
@@ -142,10 +155,13 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         self._join_workers()
         self._choose_policy_class()
         self._check_arguments()
-        self._checked_size = self._rollout_size()
+        self._checked_size = self._checked_again()
         self.learning_rate = plain(self.learning_rate)
         with torch.inference_mode(False):  # whose tensors could not be trained
             super()._setup_model()
+        if asked := asked_of(self):
+            require_spread(self.policy, asked)
+            self._set_spread(1.0)
 
     def _check_arguments(self) -> None:
         """Raise or warn about arguments that cannot work, naming argument, value and cure."""
@@ -158,10 +174,12 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         check_integer("n_steps", self.n_steps)
         check_schedule("learning_rate", self.learning_rate)
         check_finite("ent_coef", self.ent_coef)
+        check_exploration(asked_of(self), self.action_space, use_sde=self.use_sde)
 
-    def _rollout_size(self) -> tuple[Any, ...]:
-        """What the checks of arguments know of a rollout's size, and a user may change between two rollouts."""
-        return repr(self.n_steps), self.n_envs, repr(getattr(self, "batch_size", None))  # 32 is not 32.0
+    def _checked_again(self) -> tuple[Any, ...]:
+        """What the checks of arguments know, and a user may change between two rollouts: sizes, what is made of Q."""
+        sizes = repr(self.n_steps), self.n_envs, repr(getattr(self, "batch_size", None))  # 32 is not 32.0
+        return *sizes, repr(self.bootstrap), repr(self.surrogate), repr(self.critic)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Train in another environment: what was remembered of the last one is dropped; arguments as in SB3.
@@ -182,7 +200,17 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
         device: torch.device | str = "auto",
     ) -> None:
         """Take over parameters: what was remembered of the last policy is dropped; arguments as in SB3."""
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except RuntimeError as error:
+            if "size mismatch for value_net" in str(error):
+                asked = "for each action" if self.has_action_values else "of the state"
+                raise ValueError(
+                    f"The parameters are those of another kind of critic: this model's has a value {asked}, as "
+                    f"critic={self.critic!r} asks for. Load them with the `critic` that they were saved with."
+                ) from error
+            raise
+        self._set_spread(None)
         self._forget()
 
     def _forget(self) -> None:
@@ -206,6 +234,25 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
     def _current_value(self, argument: float | Schedule) -> float:
         """An argument as it is now: itself, or its schedule; the last rollout may go beyond the end, a schedule not."""
         return float(argument(max(self._current_progress_remaining, 0.0)) if callable(argument) else argument)
+
+    def _rollout_progress(self) -> float:
+        """How much of ``learn`` is done where a rollout begins, in [0, 1].
+
+        What SB3 keeps as the progress is that of the last update: the previous ``learn``'s, at the start of another.
+        """
+        return min(self.num_timesteps / max(self._total_timesteps, 1), 1.0)
+
+    def _set_spread(self, remaining: float | None) -> None:
+        """Let σ be what `log_std` and `log_std_min` say; see `set_spread`."""
+        if self.log_std != "learned" or self.log_std_min is not None:
+            set_spread(self.policy, self.log_std, self.log_std_min, remaining)
+
+    def _lowest(self) -> Lowest:
+        """Bounds that no step of the optimiser goes below."""
+        if self.log_std_min is None:
+            return {}
+        log_std: Any = self.policy.log_std
+        return {log_std: representable(self.log_std_min, log_std)}
 
     def _prepare_update(self) -> None:
         """Follow arguments that were changed since the last update."""
@@ -248,9 +295,10 @@ class TrustRegionAlgorithm(ActionValueAlgorithm):
     ) -> bool:
         """See `collect_rollouts`; of one worker."""
         start = time.perf_counter()
-        if self._rollout_size() != self._checked_size:
+        self._set_spread(1.0 - self._rollout_progress())
+        if self._checked_again() != self._checked_size:
             self._check_arguments()
-            self._checked_size = self._rollout_size()
+            self._checked_size = self._checked_again()
         n_rollout_steps = self._steps_of_rollout(n_rollout_steps)
         resize(rollout_buffer, n_rollout_steps, env.num_envs)
         try:

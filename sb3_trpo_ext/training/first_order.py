@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -27,12 +27,12 @@ from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
 from sb3_trpo_ext.policy.problem import Comparison, PolicyEvaluation, PolicyOutput
 from sb3_trpo_ext.policy.signal import NO_PARAMETER, NO_SIGNAL, has_signal, without_noise
-from sb3_trpo_ext.rollout.action_values import ActionValues, of_taken
+from sb3_trpo_ext.rollout.action_values import has_action_values, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
 from sb3_trpo_ext.rollout.sequences import SequenceBatch
-from sb3_trpo_ext.training.action_values import advantages_of_all
+from sb3_trpo_ext.training.action_values import ROUNDING, advantages_of_all
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, UpdateRejectedError, plain, timed
 from sb3_trpo_ext.training.minibatch_kernel import Loss, Minibatch, MinibatchSteps
@@ -120,7 +120,7 @@ class AutogradSteps:
 
     def __init__(self, model: FirstOrderAlgorithm) -> None:
         self._model = model
-        self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy)
+        self._optimizer = FlatOptimizer(model.policy.optimizer, model.policy, lowest=model._lowest())
         self._before = self._told = torch.empty(0)
 
     def __enter__(self) -> AutogradSteps:
@@ -228,6 +228,11 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         env: As in SB3.
         batch_size: Those arguments that follow are documented where the user meets them, in `PPOClip`.
     """
+
+    refused_arguments: ClassVar[Mapping[str, str]] = {
+        "target_kl_std": "its minibatch steps have no radius for σ to have one beside: use `log_std_min`, or the class "
+        "TRPO",
+    }
 
     loss_statistic: ClassVar[str]
     """The name under which what `_policy_loss` returns beside the loss is logged."""
@@ -386,7 +391,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             assert isinstance(comparison, Comparison)
             batch = replace(batch, old_z=comparison.old_z)
         if self.has_action_values and self.clip_range_vf is not None:  # what is clipped is Q(s,a)
-            with torch.no_grad():
+            with torch.no_grad(), consistent_evaluation(self.policy):
                 old = [part.values(self.policy) for part in batch.split(self.batch_size)]
             batch = replace(batch, old_values=torch.cat(old))
         return batch
@@ -492,7 +497,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         )
         params = self._plain_policy.trained_parameters()
         others = {*self.policy.parameters()} - {*params}
-        descent = FlatDescent(self.policy.optimizer, params, others)
+        descent = FlatDescent(self.policy.optimizer, params, others, self._lowest())
         return MinibatchSteps(self._plain_policy, descent, loss, self.reduction)
 
     def loss_on(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -538,7 +543,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """
         mean = part.reduction.mean
         action_values = None
-        if isinstance(self.policy, ActionValues):
+        if has_action_values(self.policy):
             action_values, log_prob, entropy = part.evaluate_action_values(self.policy)
             values = of_taken(action_values, part.actions)
         else:
@@ -577,7 +582,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         A(s,·) = Q(s,·) - Σ_a π_old(a|s) Q(s,a) is that of the critic as the steps have left it.
         """
         assert part.old_z is not None  # see _prepared: log π_old
-        advantages = advantages_of_all(action_values, part.old_z.exp()) / self._advantage_scale
+        advantages = _without_rounding(action_values, part.old_z) / self._advantage_scale
         log_prob = PolicyOutput.after_evaluation(self.policy, part).z
         return torch.exp(log_prob - part.old_z), advantages
 
@@ -588,7 +593,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         shares = []
         for part in batch.split(self.batch_size):
             assert part.old_z is not None  # see _prepared: log π_old
-            advantages = advantages_of_all(policy.action_values(part.inputs), part.old_z.exp())
+            advantages = _without_rounding(policy.action_values(part.inputs), part.old_z)
             shares.append(part.mean(part.over_actions(advantages.square())))
         return math.sqrt(batch.reduction.number(torch.stack(shares).sum())) + 1e-8
 
@@ -597,3 +602,10 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             return values
         bound = self._current_value(self.clip_range_vf)
         return old_values + torch.clamp(values - old_values, -bound, bound)
+
+
+def _without_rounding(action_values: Tensor, log_old: Tensor) -> Tensor:
+    """A(s,·) from Q(s,·) and log π_old(·|s), ``(N, K)`` each, zero where Q is alike but for its rounding."""
+    advantages = advantages_of_all(action_values, log_old.exp())
+    least = ROUNDING * action_values.abs().amax(dim=1, keepdim=True)
+    return torch.where(advantages.abs() <= least, 0.0, advantages)

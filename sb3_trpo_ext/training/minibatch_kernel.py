@@ -416,6 +416,14 @@ class _Networks:
         self.rows = np.empty((5, rows), dtype=self.x.dtype)
         family, log_std = plain.family, None
         if plain.log_std is not None:
-            log_std = parameters[plain.log_std].numpy(), gradients[plain.log_std].numpy()
+            log_std = _log_std_and_slope(plain.log_std, parameters, gradients)
         sizes = family.sizes if isinstance(family, CategoricalFamily) else ()
         self.head = HEADS[type(family)](log_std, sizes)
+
+
+def _log_std_and_slope(log_std: torch.nn.Parameter, parameters: Pieces, gradients: Pieces) -> tuple[Array, Array]:
+    """What a Gaussian's head reads and writes; of a log σ that is held, the gradient is nobody's."""
+    if log_std in parameters:
+        return parameters[log_std].numpy(), gradients[log_std].numpy()
+    held: Array = log_std.detach().numpy()
+    return held, np.empty_like(held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import flatten, gradient, leave_gradients, trainable
-from sb3_trpo_ext.critic import make_critic
+from sb3_trpo_ext.critic import check_order, make_critic
 from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
+from sb3_trpo_ext.policy.exploration import SpreadBlock
 from sb3_trpo_ext.policy.memory_budget import affordable_samples
 from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyProblem
 from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, normalized_signal, without_noise
@@ -88,6 +90,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         cg_residual_tol: float = 0.03,
         min_radius_used: float | Literal["auto"] = "auto",
         ent_coef: float | Schedule = 0.0,
+        target_kl_std: float | Schedule | None = None,
         **kwargs: Any,
     ) -> None:
         self._refuse(kwargs)
@@ -95,6 +98,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self.batch_size = batch_size
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
+        self.target_kl_std = target_kl_std
         self.kl_per_action_dim = kl_per_action_dim
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
@@ -111,10 +115,12 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _setup_model(self) -> None:
         self._critic_arguments = self._fit_of_critic()
-        self.value_critic = make_critic(*self._critic_arguments)
+        self.value_critic = self._make_critic()
         vars(self).update(OF_PPO | vars(self))
         super()._setup_model()
         self.target_kl = FloatSchedule(plain(self.target_kl))
+        if self.target_kl_std is not None:
+            self.target_kl_std = FloatSchedule(plain(self.target_kl_std))
         for name in OF_PPO:
             vars(self).pop(name, None)
 
@@ -122,7 +128,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """Make another critic, with the state of the one before, where the arguments of it were changed."""
         arguments = self._fit_of_critic()
         if arguments != self._critic_arguments:
-            critic, state = make_critic(*arguments), self.value_critic.state_dict()
+            critic, state = self._make_critic(), self.value_critic.state_dict()
             self._check_rollouts_of(critic)
             if state and type(critic) is type(self.value_critic):
                 critic.load_state_dict(state)
@@ -132,6 +138,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         check_radius("target_kl", self.target_kl, hint="A trust region has a positive radius; 0.01 is the usual one.")
+        if self.target_kl_std is not None:
+            check_radius(
+                "target_kl_std", self.target_kl_std, hint="Pass None for a radius that σ shares with the mean."
+            )
         for name in ("cg_max_steps", "sub_sampling_factor", "n_critic_updates", "batch_size"):
             check_integer(name, getattr(self, name))
         for name in ("cg_damping", "cg_residual_tol"):
@@ -159,12 +169,14 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
 
     def _check_rollouts_of(self, critic: Critic) -> None:
-        """Raise `ValueError` if a critic asks for past rollouts that cannot be had."""
+        """Raise `ValueError` if a critic asks for an order of the rollout, or for past ones, that cannot be had."""
+        has_memory = issubclass(self.policy_class, RecurrentActorCriticPolicy)
+        check_order(critic, has_memory=has_memory, buffer=self.rollout_buffer_class)
         name, rollouts = "critic_kwargs['n_rollouts']", critic.n_rollouts
         check_integer(name, rollouts, hint=ONE_ROLLOUT)
         if rollouts == 1:
             return
-        if issubclass(self.policy_class, RecurrentActorCriticPolicy):
+        if has_memory:
             raise ValueError(
                 f"`{name}` must be 1 for a recurrent policy, got {rollouts}: the hidden states of a past rollout are "
                 "those of the policy that made it. Leave it out."
@@ -174,6 +186,11 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 f"`{name}` needs the arrays of SB3's own rollout buffers, got {rollouts} with "
                 f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
             )
+
+    def _make_critic(self) -> Critic:
+        """The critic that is asked for; errors name the argument that asks for its kind."""
+        asked = "critic_kwargs['fit']" if self.critic == "action_value" else "critic"
+        return make_critic(*self._fit_of_critic(), argument=asked)
 
     def _critic_kind(self) -> str | type[Critic]:
         """How the critic is fitted: what ``"auto"`` stands for here, or what is asked for."""
@@ -195,6 +212,19 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """δ in force: the bound on the joint KL divergence, in nats."""
         value = self._current_value(self.target_kl)
         return self._action_dimensions() * check_number("target_kl", value, positive=True)
+
+    def spread_radius(self) -> float | None:
+        """δ_σ in force: the bound on the part of σ in the KL divergence, in nats; None where it shares δ."""
+        if self.target_kl_std is None:
+            return None
+        value = self._current_value(self.target_kl_std)
+        return self._action_dimensions() * check_number("target_kl_std", value, positive=True)
+
+    def _spread(self, problem: PolicyProblem) -> SpreadBlock:
+        """Log σ in a problem, where it has a lowest value or a radius of its own."""
+        log_std = getattr(self.policy, "log_std", None)
+        radius = self.spread_radius()
+        return SpreadBlock(problem, log_std, lowest=self.log_std_min, radius=radius, reduction=self.reduction)
 
     def _action_dimensions(self) -> int:
         """A where ``kl_per_action_dim`` counts dimensions, otherwise 1."""
@@ -292,8 +322,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         self._past_rollouts = _before_the_present(self._past_rollouts, seen)
 
     def _theta(self) -> Tensor:
-        """All parameters as they are."""
-        return flatten(list(self.policy.parameters())).detach()
+        """All parameters as they are, without a σ that a schedule moves: a few updates ago it was nearly the same."""
+        moved = self.policy.log_std if callable(self.log_std) else None
+        return flatten([param for param in self.policy.parameters() if param is not moved]).detach()
 
     def _begin_update(self) -> None:
         """Forget past updates of another policy, or of parameters that were not left by an update."""
@@ -333,16 +364,18 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """One step of the policy from θ_old, to which it is put back, bit for bit, if the step is rejected."""
 
     def _direction(self, problem: PolicyProblem, vector: Tensor | None = None) -> Direction:
-        """Solve (F + λI) x = v, v being the gradient if None."""
-        return natural_direction(
+        """Solve (F + λI) x = v, v being the gradient if None, as far as log σ has no part of its own."""
+        vector = problem.gradient if vector is None else vector
+        found = natural_direction(
             problem.fisher(self.cg_damping * self._action_dimensions()),
             problem,
-            vector,
+            self._spread(problem).solved(vector),
             max_steps=self.cg_max_steps,
             residual_tol=self.cg_residual_tol,
             min_radius_used=self._min_radius_used(),
             reduction=self.reduction,
         )
+        return replace(found, vector=vector)
 
     @staticmethod
     def _no_direction(problem: PolicyProblem, direction: Direction) -> PolicyStep:
@@ -414,6 +447,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _log_entries(self, problem: PolicyProblem, step: PolicyStep) -> dict[str, float]:
         """What to log of a step."""
         found, cg = step.evaluation, step.direction and step.direction.cg
+        of_spread = self._spread(problem).log_entries()
         return {
             "train/policy_objective": found.objective,
             "train/kl_divergence_loss": found.divergence,
@@ -425,6 +459,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             "train/expected_improvement": step.expected_improvement,
             "train/cg_steps": cg.steps if cg else 0,
             "train/cg_residual": cg.residual if cg else 0.0,
+            **of_spread,
         }
 
 

@@ -25,8 +25,12 @@ from sb3_trpo_ext.zoo.samplers import DISCRETE_ACTIONS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparams"
 
-LAST_FRACTION = {"target_kl": 0.01, "step_size": 0.01, "ent_coef": 0.0}
-"""Our arguments that take schedules, and the fraction of x at which ``lin_x`` ends: a trust region stays positive."""
+LAST_FRACTION = {"target_kl": 0.01, "target_kl_std": 0.01, "step_size": 0.01, "ent_coef": 0.0, "log_std": None}
+"""Our arguments that take schedules, and the fraction of x at which ``lin_x`` ends: a trust region stays positive, and
+there is no fraction of a logarithm."""
+
+WORDS = {"log_std": ("learned", "fixed")}
+"""What such an argument may be that is no schedule."""
 
 
 SHARED = {"npg_lstm": "trpo_lstm"}
@@ -46,7 +50,8 @@ class TrustRegionExperimentManager(ExperimentManager):
     """The zoo's manager, with what hyperparameter files of ours need.
 
     - Our files are the default for our algorithms.
-    - ``target_kl``, ``step_size`` and ``ent_coef`` take schedules (``lin_0.01``).
+    - ``target_kl``, ``target_kl_std``, ``step_size`` and ``ent_coef`` take schedules: ``lin_0.01`` falls to nearly
+      nothing, ``lin_0.02_0.005`` from the first number to the second, as that of ``log_std`` has to: ``lin_-0.5_-1.5``.
     - ``policy: auto`` is ``MlpPolicy``, ``CnnPolicy`` or ``MultiInputPolicy``, by what the environment shows.
     - Started by ``torchrun``, its processes train one agent: the first one has the folder, evaluates and saves, every
       so many steps of all of them together, and its seed is that of all.
@@ -143,7 +148,7 @@ class TrustRegionExperimentManager(ExperimentManager):
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         if self._ours:
             for name, last in LAST_FRACTION.items():
-                if isinstance(hyperparams.get(name), str):
+                if isinstance(hyperparams.get(name), str) and hyperparams[name] not in WORDS.get(name, ()):
                     hyperparams[name] = linear(name, hyperparams[name], last)
         return super()._preprocess_schedules(hyperparams)
 
@@ -162,7 +167,10 @@ class TrustRegionExperimentManager(ExperimentManager):
         self._discrete_actions = isinstance(env.action_space, spaces.Discrete)
         if hyperparams.get("policy") == "auto":
             hyperparams["policy"] = policy_for(ALGOS[self.algo], env.observation_space)
-        return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+        found = super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+        if self._ours and hyperparams.get("use_sde"):
+            self.n_actions = 0  # by which our samplers know that there is a σ for them to choose
+        return found
 
     def objective(self, trial: optuna.Trial) -> float:
         """As in the zoo; the trial knows whether actions may have a value each."""
@@ -203,17 +211,24 @@ def policy_for(algorithm: type[BaseAlgorithm], observations: spaces.Space[Any]) 
     return next(alias for alias in algorithm.policy_aliases if alias.startswith(kind))
 
 
-def linear(name: str, text: str, last_fraction: float) -> LinearSchedule:
-    """``lin_x``: from x at the start of training down to a fraction of it at the end.
+def linear(name: str, text: str, last_fraction: float | None) -> LinearSchedule:
+    """``lin_x`` or ``lin_x_y``: from x at the start of training to a fraction of it, or y, at the end.
+
+    Args:
+        name: The argument.
+        text: What the file has.
+        last_fraction: The fraction; None where both numbers are needed.
 
     Raises:
         ValueError: If the text is anything else.
     """
-    kind, _, start = text.partition("_")
+    kind, *numbers = text.split("_")
     try:
-        first = float(start)
+        first, *last = map(float, numbers)
     except ValueError:
         kind = ""
-    if kind != "lin":
-        raise ValueError(f"`{name}` must be a number, or a schedule like 'lin_0.01', got {text!r}.")
-    return LinearSchedule(first, last_fraction * first, 1.0)
+    if kind != "lin" or len(last) > 1 or (not last and last_fraction is None):
+        example = "lin_0.01" if last_fraction is not None else "lin_-0.5_-1.5"
+        also = "".join(f"{word!r}, " for word in WORDS.get(name, ())) or "a number, "
+        raise ValueError(f"`{name}` must be {also}or a schedule like {example!r}, got {text!r}.")
+    return LinearSchedule(first, last[0] if last else (last_fraction or 0.0) * first, 1.0)

@@ -57,14 +57,30 @@ def convert_natural_gradient_params(sampled_params: Params) -> Params:
     kind = params["critic"]
     unused = CRITIC_ARGUMENTS["adam" if kind == "gauss_newton" else "gauss_newton"]
     params = {name: value for name, value in params.items() if name not in unused}
+    spread = spread_of(params)
     if kind == "gauss_newton":
         params["critic_kwargs"] = {"damping": params.pop("critic_damping"), "cg_steps": params.pop("critic_cg_steps")}
-    return convert_onpolicy_params(convert_action_values(params))
+    return with_spread(convert_onpolicy_params(convert_action_values(params)), spread)
 
 
 def convert_ppo_penalty_params(sampled_params: Params) -> Params:
     """Constructor arguments of PPOPenalty from the parameters of a trial."""
-    return convert_onpolicy_params(convert_action_values(sampled_params))
+    params = convert_action_values(sampled_params)
+    spread = spread_of(params)
+    return with_spread(convert_onpolicy_params(params), spread)
+
+
+def spread_of(params: Params) -> Params:
+    """What a trial says of σ, taken out of its parameters; nothing where actions have none."""
+    return {name: params.pop(name) for name in ("log_std", "log_std_init") if name in params}
+
+
+def with_spread(arguments: Params, spread: Params) -> Params:
+    """Constructor arguments with those of σ."""
+    if spread:
+        arguments["log_std"] = spread["log_std"]
+        arguments.setdefault("policy_kwargs", {})["log_std_init"] = spread["log_std_init"]
+    return arguments
 
 
 def convert_recurrent_params(sampled_params: Params) -> Params:
@@ -76,8 +92,8 @@ def convert_recurrent_params(sampled_params: Params) -> Params:
     return converted
 
 
-def sample_on_policy(trial: optuna.Trial) -> Params:
-    """What every algorithm has: rollout, discounting, network."""
+def sample_on_policy(trial: optuna.Trial, n_actions: int) -> Params:
+    """What every algorithm has: rollout, discounting, network; and σ, where the zoo counts dimensions: Box."""
     one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
     n_steps_pow = trial.suggest_int("n_steps_pow", 7, 12)
     trial.set_user_attr("gamma", 1 - one_minus_gamma)
@@ -88,12 +104,21 @@ def sample_on_policy(trial: optuna.Trial) -> Params:
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
         "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),
+        **(suggest_spread(trial) if n_actions else {}),
     }
 
 
-def suggest_natural_gradient(trial: optuna.Trial, n_envs: int) -> Params:
+def suggest_spread(trial: optuna.Trial) -> Params:
+    """Where log σ begins, and whether it is learnt from there or stays."""
+    return {
+        "log_std": trial.suggest_categorical("log_std", ["learned", "fixed"]),
+        "log_std_init": trial.suggest_float("log_std_init", -2.0, 0.0),
+    }
+
+
+def suggest_natural_gradient(trial: optuna.Trial, n_actions: int, n_envs: int) -> Params:
     """Radius, curvature and critic, on top of `sample_on_policy`."""
-    params = sample_on_policy(trial)
+    params = sample_on_policy(trial, n_actions)
     batch_size_pow = suggest_batch_size_pow(trial, params["n_steps_pow"], n_envs)
     return {
         **params,
@@ -119,14 +144,15 @@ def suggest_batch_size_pow(trial: optuna.Trial, n_steps_pow: int, n_envs: int) -
 
 def sample_natural_gradient_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
     """TRPO, NPG and MaskableTRPO."""
-    return convert_natural_gradient_params({**suggest_natural_gradient(trial, n_envs), **suggest_action_values(trial)})
+    params = suggest_natural_gradient(trial, n_actions, n_envs)
+    return convert_natural_gradient_params({**params, **suggest_action_values(trial)})
 
 
 def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
     """RecurrentTRPO and RecurrentNPG."""
     return convert_recurrent_params(
         {
-            **suggest_natural_gradient(trial, n_envs),
+            **suggest_natural_gradient(trial, n_actions, n_envs),
             "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [16, 32, 64, 128, 256]),
             "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
         }
@@ -135,7 +161,7 @@ def sample_recurrent_params(trial: optuna.Trial, n_actions: int, n_envs: int, ad
 
 def sample_ppo_penalty_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: Params) -> Params:
     """PPOPenalty."""
-    params = sample_on_policy(trial)
+    params = sample_on_policy(trial, n_actions)
     return convert_ppo_penalty_params(
         {
             **params,

@@ -9,13 +9,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from envs import ACTION_SPACES, OBSERVATION_SPACES, RandomEnv, dense_fisher, in_float64, make, with_rollout
+from envs import ACTION_SPACES, OBSERVATION_SPACES, SMALL, RandomEnv, dense_fisher, in_float64, make, with_rollout
 from gymnasium.wrappers import TimeLimit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -142,7 +143,13 @@ def test_a_policy_of_ones_own_may_have_action_values() -> None:
         (TRPO, "discrete", {**Q, "bootstrap": "maximum"}, "`bootstrap` must be 'expected' or 'max'"),
         (TRPO, "discrete", {**Q, "surrogate": "exact"}, "`surrogate` must be 'sampled' or 'expected'"),
         (PPOClip, "discrete", {"critic": "adam"}, "`critic` must be 'value' or 'action_value'"),
-        (TRPO, "discrete", {**Q, "critic_kwargs": {"fit": "newton"}}, "'semi_gradient'"),
+        (
+            TRPO,
+            "discrete",
+            {**Q, "critic_kwargs": {"fit": "newton"}},
+            r"`critic_kwargs\['fit'\]` must .*'semi_gradient'",
+        ),
+        (TRPO, "discrete", {**Q, "critic_kwargs": {"fit": "adam", "a": 1}}, r"critic_kwargs\['fit'\]='adam'"),
         (TRPO, "discrete", {**Q, "critic_kwargs": {"fit": "semi_gradient", "discounted": 2}}, "'discounted'"),
     ],
 )
@@ -153,12 +160,112 @@ def test_what_cannot_be_is_refused_at_construction(
         make(algorithm, action, batch_size=16, **options)
 
 
+class Behind(WiderPolicy, ActionValues):
+    pass
+
+
+class DeepHead(ActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.value_net = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 1))
+
+
+class Deep(ActionValues, DeepHead):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "message"),
+    [
+        (Behind, "discrete", "List it first"),
+        (Deep, "discrete", "`value_net` of class Sequential"),
+        (Mine, "box", "derives from ActionValues.* needs Discrete"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+def test_a_policy_that_cannot_have_action_values_is_refused(
+    algorithm: Any, policy: Any, action: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        algorithm(policy, RandomEnv(action_space=ACTION_SPACES[action]), device="cpu")
+
+
+class TwoRates(ActorCriticPolicy):
+    """An optimiser with settings of their own for some parameters."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        critic = [*self.mlp_extractor.value_net.parameters(), *self.value_net.parameters()]
+        others = [param for param in self.parameters() if all(param is not each for each in critic)]
+        groups = [{"params": critic, "weight_decay": 0.1}, {"params": others}]
+        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+
+class TwoRatesOfActions(ActionValues, TwoRates):
+    pass
+
+
+def test_an_optimisers_groups_stay() -> None:
+    model = PPOClip(TwoRatesOfActions, RandomEnv(), n_steps=16, batch_size=8, device="cpu", **Q)
+    first, second = model.policy.optimizer.param_groups
+    assert (first["weight_decay"], second["weight_decay"]) == (0.1, 0)
+    assert any(param is model.policy.value_net.weight for param in first["params"])
+    held = {id(param) for group in (first, second) for param in group["params"]}
+    assert held == {id(param) for param in model.policy.parameters()}
+    before = model.policy.value_net.weight.detach().clone()
+    assert not torch.equal(before, model.learn(16).policy.value_net.weight)
+
+
+class Sharper(ActorCriticPolicy):
+    """Makes another distribution than the one that it holds."""
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
+        return CategoricalDistribution(K).proba_distribution(self.action_net(latent_pi) / 0.1)
+
+
+class SharperOfActions(ActionValues, Sharper):
+    pass
+
+
+@pytest.mark.parametrize("surrogate", ["sampled", "expected"])
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+def test_a_policy_may_make_its_distribution_otherwise(algorithm: Any, surrogate: str) -> None:
+    env = RandomEnv()
+    model = algorithm(SharperOfActions, env, n_steps=16, batch_size=8, device="cpu", surrogate=surrogate, **Q)
+    policy, (seen, _) = disturbed(model).policy, model.policy.obs_to_tensor(env.observation_space.sample())
+    expected = policy.get_distribution(seen).distribution.probs @ policy.action_values(seen)[0]
+    actions, values, _ = policy(seen)
+    torch.testing.assert_close(values[0], expected)
+    torch.testing.assert_close(policy.evaluate_actions(seen, actions)[0][0], expected)
+    torch.testing.assert_close(policy.predict_values(seen)[0], expected)
+    model.learn(16)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (Q, {"bootstrap": "maximum"}, "`bootstrap` must be 'expected' or 'max'"),
+        (Q, {"surrogate": "exact"}, "`surrogate` must be 'sampled' or 'expected'"),
+        ({}, {"bootstrap": "max"}, "critic='action_value'"),
+        ({}, {"surrogate": "expected"}, "critic='action_value'"),
+        ({}, {"critic": "action_value"}, "Make a new model"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip])
+def test_what_cannot_be_is_refused_later_too(
+    algorithm: Any, options: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    model = make(algorithm, batch_size=16, **options).learn(32)
+    before = flatten(list(model.policy.parameters())).detach().clone()
+    vars(model).update(changed)
+    with pytest.raises(ValueError, match=message):
+        model.learn(32)
+    assert torch.equal(before, flatten(list(model.policy.parameters())))
+
+
 def test_a_policy_without_and_a_buffer_of_ones_own_are_refused() -> None:
     with pytest.raises(ValueError, match="ActionValues, WiderPolicy"):
         TRPO(WiderPolicy, RandomEnv(), **Q)
-
-    class OwnBuffer(RolloutBuffer):
-        pass
 
     with pytest.raises(ValueError, match="rollout_buffer_class"):
         make(PPOClip, batch_size=16, rollout_buffer_class=OwnBuffer, **Q)
@@ -178,7 +285,7 @@ class Told(gym.Wrapper):
 
 
 def with_limit(masked: bool = False) -> gym.Env:
-    env: Any = TimeLimit(Told(RandomEnv(episode_length=5)), 3 + 2 * masked)
+    env: Any = TimeLimit(Told(RandomEnv(episode_length=5)), 3)
     if masked:
 
         def masks(env: Any) -> np.ndarray:
@@ -268,6 +375,88 @@ def test_returns_are_those_of_the_definition(
             np.testing.assert_allclose(buffer.returns[step, env], target, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(buffer.advantages, buffer.returns - buffer.values, atol=2e-6)
     np.testing.assert_array_equal(seen.at_end, buffer.advantages)  # a callback at the end has seen them already
+
+
+class AsksAgain(BaseCallback):
+    """Estimates advantages once more when the rollout is there, as those do that shape its rewards."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        before = buffer.rewards.copy(), buffer.advantages.copy(), buffer.returns.copy()
+        with torch.no_grad():
+            values = self.model.policy.predict_values(self.model.policy.obs_to_tensor(self.model._last_obs)[0])
+        buffer.compute_returns_and_advantage(last_values=values, dones=self.model._last_episode_starts)
+        for array, again in zip(before, (buffer.rewards, buffer.advantages, buffer.returns), strict=True):
+            np.testing.assert_array_equal(array, again)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("algorithm", "bootstrap"), [(TRPO, "max"), (MaskableTRPO, "expected")])
+def test_advantages_may_be_estimated_again(algorithm: Any, bootstrap: str, fast: bool) -> None:
+    venv = make_vec_env(with_limit, n_envs=2, seed=0, env_kwargs={"masked": algorithm is MaskableTRPO})
+    model = algorithm("MlpPolicy", venv, n_steps=16, device="cpu", bootstrap=bootstrap, fast_rollouts=fast, **Q)
+    disturbed(model).learn(32, callback=AsksAgain())
+
+
+def test_what_a_model_had_of_its_own_it_has_again() -> None:
+    model, calls = make(TRPO, bootstrap="max", **Q), []
+    note = model._update_info_buffer
+    model._update_info_buffer = lambda *args: (calls.append(args), note(*args))
+    model.learn(32)
+    model.learn(32)
+    assert len(calls) == 64
+
+
+class NothingAllowed(RandomEnv):
+    """Allows no action when it is asked for the nth time."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self._n = n
+
+    def action_masks(self) -> np.ndarray:
+        self._n -= 1
+        return np.full(K, self._n != 0)
+
+
+@pytest.mark.parametrize("bootstrap", ["expected", "max"])
+@pytest.mark.parametrize(("n", "when"), [(5, "at step 4 of the rollout"), (33, "after the rollout")])
+def test_a_state_that_allows_nothing_is_named(bootstrap: str, n: int, when: str) -> None:
+    model = MaskableTRPO("MlpPolicy", NothingAllowed(n), bootstrap=bootstrap, **SMALL, **Q)
+    before = flatten(list(model.policy.parameters())).detach().clone()
+    with pytest.raises(ValueError, match=f"`action_masks` of environment 0 allow no option of choice 0 {when}"):
+        model.learn(32)
+    assert torch.equal(before, flatten(list(model.policy.parameters())))
+
+
+@pytest.mark.parametrize("bootstrap", ["expected", "max"])
+def test_a_buffer_keeps_the_type_of_its_numbers(bootstrap: str) -> None:
+    model = with_rollout(in_float64(make(MaskableTRPO, bootstrap=bootstrap, **Q)))
+    assert model.rollout_buffer.advantages.dtype == model.rollout_buffer.returns.dtype == np.float32
+
+
+class SaysSomethingElse(RandomEnv):
+    """Cuts its episodes off, with an ``action_mask`` in its infos that is none of its actions'."""
+
+    said: Any = None
+
+    def step(self, action: Any) -> Any:
+        observation, reward, ended, _, _ = super().step(action)
+        return observation, reward, False, ended, {"action_mask": self.said}
+
+
+@pytest.mark.parametrize("said", [None, [1, 1], [[1], [1, 2]], ["a", "b", "c", "d"], [0] * K, {"all": 1}, "none"])
+def test_another_thing_named_action_mask_is_not_taken_for_one(said: Any) -> None:
+    rollouts = []
+    for each in (said, [1] * K):
+        env = SaysSomethingElse()
+        env.said = each
+        model = with_rollout(MaskableTRPO("MlpPolicy", env, bootstrap="max", **SMALL, **Q))
+        rollouts.append(model.rollout_buffer.returns)
+    np.testing.assert_array_equal(*rollouts)
 
 
 def test_nothing_of_a_rollout_stays_behind() -> None:
@@ -419,6 +608,19 @@ def test_the_theorys_penalty_sees_the_advantages_of_all_actions() -> None:
     assert problem.max_advantage == float(batch.action_advantages.abs().max())
 
 
+@pytest.mark.parametrize("algorithm", [PPOClip, PPOPenalty])
+def test_values_that_are_alike_for_all_actions_are_no_signal_of_a_minibatch(algorithm: Any) -> None:
+    """What rounding leaves of them is not standardised into one."""
+    model = with_rollout(disturbed(make(algorithm, surrogate="expected", vf_coef=0.0, batch_size=16, **Q)))
+    policy = model.policy
+    with torch.no_grad():
+        policy.value_net.weight.copy_(policy.value_net.weight[:1].expand(K, -1))
+        policy.value_net.bias.copy_(policy.value_net.bias[:1].expand(K) + 100.0)
+    before = flatten(list(policy.parameters())).detach().clone()
+    model.train()
+    assert torch.equal(before, flatten(list(policy.parameters())))
+
+
 def test_values_that_are_alike_for_all_actions_are_no_signal() -> None:
     model = with_rollout(make(TRPO, surrogate="expected", critic_kwargs={"fit": "semi_gradient"}, **Q))
     with torch.no_grad():
@@ -542,10 +744,25 @@ def test_semi_gradient_steps_serve_state_values_too() -> None:
     assert not torch.equal(before, model.policy.value_net.weight)
 
 
-def test_semi_gradient_steps_without_an_order_are_refused() -> None:
-    model = with_rollout(make(RecurrentTRPO, critic="semi_gradient"))
+class OwnBuffer(RolloutBuffer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "found"),
+    [
+        (RecurrentTRPO, {}, "memory"),
+        (RecurrentNPG, {}, "memory"),
+        (TRPO, {"rollout_buffer_class": OwnBuffer}, "OwnBuffer"),
+    ],
+)
+def test_semi_gradient_steps_without_an_order_are_refused(algorithm: Any, options: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"'semi_gradient' needs .* in their order.*{found}"):
+        make(algorithm, critic="semi_gradient", **options)
+    model = make(algorithm, **options)  # a critic that is chosen later
+    model.critic = "semi_gradient"
     with pytest.raises(ValueError, match="in their order"):
-        model.train()
+        model.learn(32)
 
 
 # Past rollouts
@@ -562,3 +779,56 @@ def test_past_rollouts_bootstrap_as_they_are_asked_to(bootstrap: str) -> None:
     )
     torch.testing.assert_close(seen.advantages, batch.advantages, rtol=1e-4, atol=1e-4)
     model.learn(96)
+
+
+@pytest.mark.parametrize("surrogate", ["sampled", "expected"])
+@pytest.mark.parametrize("algorithm", [TRPO, PPOClip, MaskableTRPO])
+def test_a_wrapped_policy_learns_as_the_policy_that_it_wraps(algorithm: Any, surrogate: str) -> None:
+    results = []
+    for wraps in (False, True):
+        options = {"batch_size": 16, "bootstrap": "max", "surrogate": surrogate}
+        model = disturbed(make(algorithm, fast_rollouts=False, fast_updates=False, **options, **Q))
+        if wraps:
+            model.policy = torch.compile(model.policy, backend="eager")
+        model.set_random_seed(0)
+        model.learn(64)
+        results.append(flatten(list(model.policy.parameters())).detach())
+    assert torch.equal(*results)
+
+
+def test_another_kind_of_critic_is_named_where_parameters_are_loaded(tmp_path: Path) -> None:
+    make(TRPO).save(tmp_path / "values")
+    with pytest.raises(ValueError, match="a value for each action, as critic='action_value' asks for"):
+        TRPO.load(tmp_path / "values", critic="action_value")
+    with pytest.raises(ValueError, match="a value of the state"):
+        make(TRPO).set_parameters(make(TRPO, **Q).get_parameters())
+
+
+class Saving(BaseCallback):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        self.model.save(self.path)
+        return True
+
+
+def test_a_model_is_saved_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
+    """Without what the rollout has put into it, and with what is the user's own."""
+    model = make(TRPO, bootstrap="max", **Q)
+    model.learn(32, callback=Saving(tmp_path / "model"))
+    assert "_update_info_buffer" not in vars(TRPO.load(tmp_path / "model"))
+    model._update_info_buffer = print
+    model.save(tmp_path / "own")
+    assert vars(TRPO.load(tmp_path / "own"))["_update_info_buffer"] is print
+
+
+def test_a_loss_over_all_actions_runs_the_policy_once() -> None:
+    options = {"batch_size": 24, "n_steps": 24, "surrogate": "expected", **Q}
+    model = with_rollout(make(PPOClip, **options))
+    part = model._prepared(batch := whole_rollout(model.rollout_buffer, model.action_space), model._comparison(batch))
+    calls: list[Any] = []
+    model.policy.action_net.register_forward_hook(lambda *_: calls.append(None))
+    model.loss_on(part)
+    assert len(calls) == 1

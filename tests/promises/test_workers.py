@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -36,6 +37,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from sb3_trpo_ext import (
@@ -147,6 +149,9 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo-adam": (TRPO, {**ALL, "critic": "adam", "batch_size": STEPS * RANKS, "n_critic_updates": 3}),
     "trpo-no-signal": (TRPO, {**ALL, "gamma": 0.0}),
     "npg": (NPG, ALL),
+    "trpo-spread": (TRPO, {**ALL, "target_kl_std": 0.02, "log_std_min": -0.01, "ent_coef": -0.1}),
+    "npg-floor": (NPG, {**ALL, "log_std_min": -0.01, "ent_coef": -0.1}),
+    "trpo-fixed": (TRPO, {**ALL, "log_std": "fixed"}),
     "masked": (MaskableTRPO, ALL),
     "action-values": (TRPO, {**ALL, **EXPECTED, **SHORT}),
     "action-values-masked": (MaskableTRPO, {**ALL, **EXPECTED, **SHORT}),
@@ -155,6 +160,8 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo-bounded": (PPOClip, {**FULL, "max_kl": 1e-5, "target_kl": 1e-3}),
     "ppo-penalty": (PPOPenalty, FULL),
     "ppo-action-values": (PPOClip, {**FULL, **EXPECTED, "fast_updates": False}),
+    "ppo-floor": (PPOClip, {**FULL, "log_std_min": -1e-4, "ent_coef": -0.1}),
+    "ppo-schedule": (PPOClip, {**FULL, "log_std": LinearSchedule(-0.5, -1.5, 1.0)}),
     "ppo-recurrent": (RecurrentPPOClip, FULL),
 }
 
@@ -233,6 +240,8 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
     "trpo-critic-of-three": (TRPO, {"critic_kwargs": {"n_rollouts": 3}}),
     "npg-adam-of-two": (NPG, {"critic": "adam", "batch_size": 24, "critic_kwargs": {"n_rollouts": 2}}),
     "trpo-sde": (TRPO, {"use_sde": True}),
+    "trpo-spread": (TRPO, {"target_kl_std": 0.02, "log_std_min": -0.05, "ent_coef": -0.1}),
+    "trpo-schedule": (TRPO, {"log_std": LinearSchedule(-0.5, -1.5, 1.0)}),
     "npg": (NPG, {"ent_coef": 0.01}),
     "masked": (MaskableTRPO, {}),
     "action-values": (TRPO, {"critic": "action_value", "bootstrap": "max"}),
@@ -245,6 +254,7 @@ LEARN: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo-target": (PPOClip, {"batch_size": 24, "n_epochs": 3, "target_kl": 1e-3, "fast_updates": False}),
     "ppo-penalty": (PPOPenalty, {"batch_size": 24, "n_epochs": 2}),
     "ppo-recurrent": (RecurrentPPOClip, {"batch_size": 24, "n_epochs": 2}),
+    "ppo-schedule": (PPOClip, {"batch_size": 24, "n_epochs": 2, "log_std": LinearSchedule(-0.5, -1.5, 1.0)}),
     "dropout": (
         PPOClip,
         {"batch_size": 24, "n_epochs": 2, "policy_kwargs": {"features_extractor_class": NoisyExtractor}},
@@ -281,14 +291,16 @@ def five_updates(rank: int, form: str) -> Any:
     model = learner(form, seed=10 * rank)  # with policies that differ until they learn
     model.learn(5 * STEPS * 2 * RANKS)
     actions = model.rollout_buffer.actions
-    return flat(summary(model)), actions, model.num_timesteps
+    return flat(summary(model)), actions, model.num_timesteps, model.logger.name_to_value.get("train/std")
 
 
 @pytest.mark.parametrize("form", LEARN)
 def test_all_workers_have_the_same_model_after_five_updates(ranks: Ranks, form: str) -> None:
     found = ranks(five_updates, form)
-    for mine, _, steps in found:
+    for mine, _, steps, spread in found:
         np.testing.assert_array_equal(mine, found[0][0])
+        if form.endswith("-schedule"):  # of the steps of all of them
+            assert spread == pytest.approx(math.exp(-0.5 - 0.8), rel=1e-5)
         assert steps >= 5 * STEPS * 2 * RANKS
     assert not np.array_equal(found[0][1], found[1][1]) and not np.array_equal(found[1][1], found[2][1])
     if form in ("trpo", "ppo", "trpo-sde"):

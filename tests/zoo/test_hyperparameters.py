@@ -177,6 +177,46 @@ def test_a_schedule_that_is_none_is_named(experiment: Build, text: str) -> None:
         experiment("trpo", "CartPole-v1", hyperparams={"target_kl": text}).setup_experiment()
 
 
+@pytest.mark.parametrize(
+    ("algo", "argument", "text", "values"),
+    [
+        ("trpo", "log_std", "lin_-0.5_-1.5", (-0.5, -1.0, -1.5)),
+        ("npg", "log_std", "lin_-1_-0.25", (-1.0, -0.625, -0.25)),
+        ("ppo_clip", "log_std", "lin_0_-2e0", (0.0, -1.0, -2.0)),
+        ("ppo_penalty", "log_std", "lin_-0.5_-0.5", (-0.5, -0.5, -0.5)),
+        ("trpo", "target_kl_std", "lin_0.01", (0.01, 0.00505, 0.0001)),
+        ("trpo", "target_kl", "lin_0.02_0.005", (0.02, 0.0125, 0.005)),
+    ],
+)
+def test_a_schedule_between_two_numbers(
+    experiment: Build, algo: str, argument: str, text: str, values: tuple[float, ...]
+) -> None:
+    short = {argument: text, "n_envs": 2, "n_steps": 16, "use_sde": False}
+    if algo.startswith("ppo"):
+        short |= {"batch_size": 16}
+    manager = experiment(algo, "Pendulum-v1", hyperparams=short)
+    model, saved = manager.setup_experiment()
+    assert [getattr(model, argument)(left) for left in (1.0, 0.5, 0.0)] == pytest.approx(list(values))
+    assert saved[argument] == text
+    model.learn(64)
+    if argument == "log_std":
+        assert model.policy.log_std.tolist() == pytest.approx([values[1]])
+
+
+@pytest.mark.parametrize("word", ["learned", "fixed"])
+def test_a_word_is_no_schedule(experiment: Build, word: str) -> None:
+    hyperparams = {"log_std": word, "log_std_min": None, "use_sde": False, "n_envs": 1}
+    model, _ = experiment("trpo", "Pendulum-v1", hyperparams=hyperparams).setup_experiment()
+    assert model.log_std == word
+
+
+@pytest.mark.parametrize("text", ["lin_-0.5", "held", "lin_-0.5_low", "lin_0_1_2", "fixed_-0.5"])
+def test_a_spread_that_is_none_is_named(experiment: Build, text: str) -> None:
+    words = f"`log_std` must be 'learned', 'fixed', or a schedule like 'lin_-0.5_-1.5', got '{text}'"
+    with pytest.raises(ValueError, match=words):
+        experiment("trpo", "Pendulum-v1", hyperparams={"log_std": text}).setup_experiment()
+
+
 def test_a_constant_learning_rate_is_a_choice_of_the_adam_critic(experiment: Build) -> None:
     model, _ = experiment("trpo", "CartPole-v1", hyperparams={"learning_rate": 3e-4}).setup_experiment()
     assert isinstance(model.learning_rate, ConstantSchedule)

@@ -52,11 +52,13 @@ gym.register("Masked-v0", entry_point=Masked)
 gym.register("PoisonedReward-v0", entry_point=PoisonedReward)
 
 
-def sampled(algo: str, number: int, discrete: bool = False) -> tuple[optuna.trial.FrozenTrial, dict[str, Any]]:
+def sampled(
+    algo: str, number: int, dimensions: int = 0, discrete: bool = False
+) -> tuple[optuna.trial.FrozenTrial, dict[str, Any]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
     trial = study.ask()
     trial.set_user_attr(DISCRETE_ACTIONS, discrete)
-    arguments = HYPERPARAMS_SAMPLER[algo](trial, 1, 4, {})
+    arguments = HYPERPARAMS_SAMPLER[algo](trial, dimensions, 4, {})
     return study.trials[0], arguments
 
 
@@ -88,24 +90,39 @@ def test_values_of_actions_are_sampled_where_they_can_be(algo: str) -> None:
         assert "action_values" not in sampled(recurrent, 0, discrete=True)[0].params
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_stored_trial_is_converted_to_what_was_sampled(algo: str, discrete: bool) -> None:
+@pytest.mark.parametrize("algo", [algo for algo in ALGORITHMS if algo != "trpo_mask"])
+def test_what_is_sampled_for_continuous_actions_makes_a_model(algo: str) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=4)
+    policy = "MlpLstmPolicy" if algo.endswith("_lstm") else "MlpPolicy"
+    chosen = set()
     for number in range(6):
-        trial, arguments = sampled(algo, number, discrete)
+        trial, arguments = sampled(algo, number, 1)
+        model = ALGORITHMS[algo](policy, env, **arguments)
+        if "log_std" in trial.params:
+            chosen.add(model.log_std)
+            assert float(model.policy.log_std) == pytest.approx(trial.params["log_std_init"])
+    assert chosen == (set() if algo.startswith("ppo_clip") else {"learned", "fixed"})  # whose space is the zoo's own
+
+
+@pytest.mark.parametrize(("dimensions", "discrete"), [(0, False), (0, True), (1, False)])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_stored_trial_is_converted_to_what_was_sampled(algo: str, dimensions: int, discrete: bool) -> None:
+    for number in range(6):
+        trial, arguments = sampled(algo, number, dimensions, discrete)
         assert HYPERPARAMS_CONVERTER[algo](trial.params) == arguments
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_the_space_is_the_same_in_every_trial(algo: str) -> None:
-    assert len({frozenset(sampled(algo, number)[0].distributions) for number in range(6)}) == 1
+    for dimensions in (0, 1):
+        assert len({frozenset(sampled(algo, number, dimensions)[0].distributions) for number in range(6)}) == 1
 
 
 def test_a_long_minibatch_is_cut_to_the_rollout() -> None:
     study = optuna.create_study()
     study.enqueue_trial({"n_steps_pow": 7, "batch_size_pow": 10, "critic": "adam"})
     trial = study.ask()
-    assert HYPERPARAMS_SAMPLER["trpo"](trial, 1, 4, {})["batch_size"] == 512 == 4 * 2**7
+    assert HYPERPARAMS_SAMPLER["trpo"](trial, 0, 4, {})["batch_size"] == 512 == 4 * 2**7
     assert trial.user_attrs["batch_size"] == 512
 
 
@@ -147,6 +164,26 @@ def test_a_study_runs(experiment: Build, algo: str, monkeypatch: pytest.MonkeyPa
     manager.hyperparameters_optimization()
 
 
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_a_study_of_continuous_actions_runs(experiment: Build, use_sde: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gSDE has no σ to be chosen."""
+    from rl_zoo3 import exp_manager
+
+    def small(*args: Any) -> dict[str, Any]:
+        found = sampler(*args) | {"n_steps": 32, "batch_size": 32}
+        chosen.append("log_std" in found)
+        return found
+
+    chosen: list[bool] = []
+    sampler = HYPERPARAMS_SAMPLER["trpo"]
+    monkeypatch.setitem(exp_manager.HYPERPARAMS_SAMPLER, "trpo", small)
+    hyperparams = {"n_envs": 1, "use_sde": use_sde}
+    manager = experiment("trpo", "Pendulum-v1", hyperparams=hyperparams, **STUDY, **SHORT)
+    manager.setup_experiment()
+    manager.hyperparameters_optimization()
+    assert chosen == [not use_sde] * 2
+
+
 def test_a_trial_that_meets_nan_is_pruned_and_the_others_go_on(
     experiment: Build, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +207,7 @@ def test_hyperparameters_of_a_stored_trial_are_used(experiment: Build, tmp_path:
     study = optuna.create_study(storage=storage, study_name=name)
     for _ in range(2):
         trial = study.ask()
-        HYPERPARAMS_SAMPLER["trpo"](trial, 1, 4, {})
+        HYPERPARAMS_SAMPLER["trpo"](trial, 0, 4, {})
         study.tell(trial, 1.0)
     model, saved = experiment("trpo", "CartPole-v1", storage=storage, study_name=name, trial_id=1).setup_experiment()
     params = study.trials[1].params

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from sb3_trpo_ext.core.advantages import trace_advantages, trace_targets
-from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, following_values
+from sb3_trpo_ext.rollout.action_values import Bootstrap, following_values, has_action_values
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import by_time
 
@@ -84,7 +84,7 @@ class PastRollout:
             trace_decay=trace_decay,
             bootstraps=bootstraps,
         ).flatten()
-        of_actions = isinstance(policy, ActionValues)
+        of_actions = has_action_values(policy)
         returns = values + advantages if of_actions else trace_targets(values, advantages, ratios)
         return replace(self.batch, advantages=advantages, returns=returns)
 

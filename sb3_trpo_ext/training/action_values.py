@@ -21,6 +21,7 @@ from sb3_trpo_ext.rollout.action_values import ActionValues, Bootstrap, followin
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import MASKABLE_BUFFERS, VIEWED_BUFFERS, by_time, whole_rollout
 from sb3_trpo_ext.rollout.fast import is_timeout
+from sb3_trpo_ext.rollout.past_rollouts import bootstrap_values
 from sb3_trpo_ext.training.checkpoint import ResumableAlgorithm
 
 VALUED = 512
@@ -178,7 +179,7 @@ class ActionValueAlgorithm(ResumableAlgorithm):
         values = torch.cat([batch.old_values, last_values]).view(shape[0] + 1, shape[1])
         bootstraps = values
         if self.bootstrap == "max":
-            parts = [self._bootstraps(part.inputs, part.action_masks) for part in batch.split(VALUED)]
+            parts = [bootstrap_values(self.policy, part, self.bootstrap) for part in batch.split(VALUED)]
             bootstraps = torch.cat([*parts, last_values]).view_as(values)
         starts = np.concatenate([by_time(buffer, buffer.episode_starts)[1:], dones[None]]).astype(np.float32)
         advantages = trace_advantages(

@@ -77,7 +77,8 @@ class TRPO(NaturalGradientAlgorithm):
             between them (``examples/benchmarks``, "Values of actions").
         critic_kwargs: Further arguments of the critic. ``n_rollouts``, of both: M, it is fitted on the last M rollouts,
             those before the newest with the targets of V-trace for the policy as it is (`GaussNewtonCritic` says what
-            that costs and keeps; not for recurrent policies or rollout buffers of one's own). Of the Gauss-Newton
+            that costs and keeps; not for recurrent policies or rollout buffers of one's own). ``gae_lambda``, of both:
+            the λ of the returns that V is fitted to, where that of the advantages is another. Of the Gauss-Newton
             critic: ``damping``, ``cg_steps``, ``n_iterations``, ``max_backtracks``, ``curvature_samples``. The longer
             the horizon, the smaller the differences between actions beside the value: for γ near one solve it further
             (``damping`` 1e-4, ``cg_steps`` 30, ``n_iterations`` 3, ``curvature_samples`` None), as the entry of
@@ -364,7 +365,7 @@ class TRPO(NaturalGradientAlgorithm):
 
     def _policy_samples(self, batch: Batch, chunk_size: int | None) -> Batch:
         """The rollout, and those of the last policies as the policy sees them now."""
-        return self._with_past(batch, self.sample_reuse, chunk_size)
+        return self._with_past(batch, self.sample_reuse, chunk_size, self.gae_lambda)
 
     def _cures(self) -> str:
         cures = super()._cures()

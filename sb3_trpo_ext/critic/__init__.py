@@ -69,8 +69,8 @@ def make_critic(critic: str | type[Critic], kwargs: dict[str, Any], *, argument:
         return kind(**kwargs)
     except TypeError as error:
         of_adam = (
-            " The Adam critic has none but `n_rollouts`: use `learning_rate`, `batch_size` and `n_critic_updates`, or "
-            f"pass {argument}='gauss_newton'."
+            " The Adam critic has none but `n_rollouts` and `gae_lambda`: use `learning_rate`, `batch_size` and "
+            f"`n_critic_updates`, or pass {argument}='gauss_newton'."
         )
         raise ValueError(
             f"`critic_kwargs` must be arguments of {kind.__name__}, got {kwargs!r} with {argument}={critic!r}: {error}."

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.arguments import check_integer
+from sb3_trpo_ext.core.arguments import check_integer, check_share
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend
 from sb3_trpo_ext.core.parameters import trainable
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, ValueFunction
 from sb3_trpo_ext.policy.perceptron import Perceptron
 from sb3_trpo_ext.rollout.action_values import of_taken
 
@@ -23,10 +23,14 @@ class AdamCritic(Critic):
     Args:
         n_rollouts: M: every epoch sees the samples of the last M rollouts, and takes M times as many steps; see
             `GaussNewtonCritic`.
+        gae_lambda: λ of the returns that V is fitted to; None for the model's. See there too.
     """
 
-    def __init__(self, *, n_rollouts: int = 1) -> None:
+    def __init__(self, *, n_rollouts: int = 1, gae_lambda: float | None = None) -> None:
         check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
+        if gae_lambda is not None:
+            check_share("critic_kwargs['gae_lambda']", gae_lambda, hint=SAME_DECAY)
+        self.gae_lambda = gae_lambda
         self.n_rollouts = n_rollouts
 
     def fit(self, regression: Regression) -> float:

@@ -28,6 +28,9 @@ KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 ONE_ROLLOUT = "1 fits every rollout by itself."
 """Advice about a number of rollouts that is none."""
 
+SAME_DECAY = "Leave it out for the model's `gae_lambda`."
+"""Advice about a λ that is none."""
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -73,10 +76,12 @@ class Critic(ABC):
     Attributes:
         n_rollouts: M: the critic is fitted on the last M rollouts. The model keeps them: their samples are in
             `Regression.batch`. 1 unless a critic says otherwise; what has no order or hidden states allows no more.
+        gae_lambda: λ of the returns that it is fitted to; None for that of the advantages, the model's ``gae_lambda``.
         needs_order: Whether `fit` needs ``regression.trajectories``; a model that has none is then refused.
     """
 
     n_rollouts: int = 1
+    gae_lambda: float | None = None
     needs_order: ClassVar[bool] = False
 
     @abstractmethod

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples, check_share
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
 from sb3_trpo_ext.core.parameters import flatten
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, ValueFunction
 from sb3_trpo_ext.rollout.batch import Batch, fits
 
 
@@ -42,6 +42,9 @@ class GaussNewtonCritic(Critic):
             reached. Observations and rewards keep the normalisation that they had. The model keeps the M - 1 rollouts
             before the newest by reference, and joins copies of all M while it fits: memory for 2M rollouts at most.
             They are forgotten with the policy or the environment that they belong to, and not saved with the model.
+        gae_lambda: λ in [0, 1] of the returns R, where that of the advantages is another: the gradient has less noise
+            with a smaller λ, at the cost of V's error, and V less error with a larger one, which sees rewards further
+            away. None for the model's ``gae_lambda``. ``rollout_buffer.returns`` has them from the update on.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class GaussNewtonCritic(Critic):
         curvature_samples: int | Literal["auto"] | None = "auto",
         n_steps: int | None = None,
         n_rollouts: int = 1,
+        gae_lambda: float | None = None,
     ) -> None:
         given = {"cg_steps": cg_steps, "n_iterations": n_iterations, "max_backtracks": max_backtracks}
         if n_steps is not None:
@@ -62,6 +66,8 @@ class GaussNewtonCritic(Critic):
             check_integer(f"critic_kwargs['{name}']", value)
         check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
         check_number("critic_kwargs['damping']", damping, positive=True)
+        if gae_lambda is not None:
+            check_share("critic_kwargs['gae_lambda']", gae_lambda, hint=SAME_DECAY)
         if curvature_samples != "auto":
             check_samples("critic_kwargs['curvature_samples']", curvature_samples)
         self.damping = damping
@@ -69,6 +75,7 @@ class GaussNewtonCritic(Critic):
         self.n_iterations = n_iterations if n_steps is None else n_steps
         self.max_backtracks = max_backtracks
         self.n_rollouts = n_rollouts
+        self.gae_lambda = gae_lambda
         self.curvature_samples = curvature_samples
 
     def fit(self, regression: Regression) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_trpo_ext.rollout.buffers import by_time
 from sb3_trpo_ext.rollout.forward import Array
 
 
@@ -35,3 +36,27 @@ def estimate_advantages(buffer: RolloutBuffer, last_values: Array, dones: Array)
             np.multiply(decay, following, out=target)
             following = np.add(delta, target, out=target)
     buffer.returns = buffer.advantages + buffer.values
+
+
+def decay_returns(buffer: RolloutBuffer, trace_decay: float) -> None:
+    """Let the returns of a full buffer be λ-returns of another λ than that of its advantages, which stay.
+
+    Advantages Â_t = δ_t + γλ Â_t+1 say what δ was, Â_t - γλ Â_t+1, and with it R_t = V(s_t) + Σ_k (γλ')^k δ_t+k;
+    nothing is carried over the end of an episode. So neither rewards nor what V says of the state after the last one
+    are needed.
+
+    Args:
+        buffer: The buffer, with the advantages of its own ``gae_lambda``.
+        trace_decay: λ'.
+    """
+    if trace_decay == buffer.gae_lambda:
+        return
+    values, advantages = by_time(buffer, buffer.values), by_time(buffer, buffer.advantages).astype(np.float64)
+    goes_on = buffer.gamma * (1.0 - by_time(buffer, buffer.episode_starts)[1:])
+    deltas = advantages.copy()
+    deltas[:-1] -= goes_on * buffer.gae_lambda * advantages[1:]
+    for t in reversed(range(len(goes_on))):
+        deltas[t] += goes_on[t] * trace_decay * deltas[t + 1]
+    returns = (values + deltas).astype(buffer.returns.dtype)
+    flat = buffer.returns.shape != returns.shape  # since ``get`` has put the samples of an environment together
+    buffer.returns = returns.T.reshape(buffer.returns.shape) if flat else returns

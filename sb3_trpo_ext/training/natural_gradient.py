@@ -20,7 +20,7 @@ from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radiu
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import flatten, gradient, leave_gradients, trainable
 from sb3_trpo_ext.critic import check_order, make_critic
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, check_saveable, has_state
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.exploration import SpreadBlock
@@ -29,8 +29,9 @@ from sb3_trpo_ext.policy.problem import PolicyEvaluation, PolicyOutput, PolicyPr
 from sb3_trpo_ext.policy.signal import NO_GRADIENT, NO_PARAMETER, NO_SIGNAL, normalized_signal, without_noise
 from sb3_trpo_ext.rollout.action_spaces import kind_of
 from sb3_trpo_ext.rollout.batch import Batch
-from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, whole_rollout
+from sb3_trpo_ext.rollout.buffers import RECURRENT_BUFFERS, VIEWED_BUFFERS, minibatches, whole_rollout
 from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined
+from sb3_trpo_ext.rollout.returns import decay_returns
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
 from sb3_trpo_ext.training.transaction import Attributes, Restorable, StateCheckpoint
@@ -169,11 +170,12 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 check_minibatches(self.n_steps, self.n_envs, self._minibatch_share())
 
     def _check_rollouts_of(self, critic: Critic) -> None:
-        """Raise `ValueError` if a critic asks for an order of the rollout, or for past ones, that cannot be had."""
+        """Raise `ValueError` if a critic asks for an order of the rollout, past ones or a λ that cannot be had."""
         has_memory = issubclass(self.policy_class, RecurrentActorCriticPolicy)
         check_order(critic, has_memory=has_memory, buffer=self.rollout_buffer_class)
         name, rollouts = "critic_kwargs['n_rollouts']", critic.n_rollouts
         check_integer(name, rollouts, hint=ONE_ROLLOUT)
+        self._check_decay_of(critic)
         if rollouts == 1:
             return
         if has_memory:
@@ -185,6 +187,23 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             raise ValueError(
                 f"`{name}` needs the arrays of SB3's own rollout buffers, got {rollouts} with "
                 f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
+            )
+
+    def _check_decay_of(self, critic: Critic) -> None:
+        """Raise `ValueError` if a critic asks for returns that the buffer's advantages cannot be turned into."""
+        name, decay = "critic_kwargs['gae_lambda']", critic.gae_lambda
+        if decay is None:
+            return
+        check_share(name, decay, hint=SAME_DECAY)
+        if self.rollout_buffer_class not in (None, *VIEWED_BUFFERS, *RECURRENT_BUFFERS):
+            raise ValueError(
+                f"`{name}` needs the arrays of SB3's own rollout buffers, got {decay} with "
+                f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
+            )
+        if self.bootstrap == "max":
+            raise ValueError(
+                f"`{name}` must be left out with bootstrap='max', got {decay}: its returns do not go through V. Set "
+                "`gae_lambda`, or pass bootstrap='expected'."
             )
 
     def _make_critic(self) -> Critic:
@@ -235,6 +254,8 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         record = {"train/target_kl": self.trust_region_radius()}
         with consistent_evaluation(self.policy):
             with timed(record, "time/policy_s"):
+                if self.value_critic.gae_lambda is not None:
+                    decay_returns(self.rollout_buffer, self.value_critic.gae_lambda)
                 batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
                 chunk_size = self._chunk_size(batch)
             if self.surrogate == "expected":  # which is made of what the critic has learnt of the rollout
@@ -298,13 +319,13 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         """Whether what is remembered belongs to the policy that an update leaves."""
         return self._rollouts_seen() > 1
 
-    def _with_past(self, batch: Batch, rollouts: int, chunk_size: int | None) -> Batch:
+    def _with_past(self, batch: Batch, rollouts: int, chunk_size: int | None, trace_decay: float) -> Batch:
         """The samples of the last ``rollouts``, the present one's first, those before as the policy sees them now."""
         past = [
             rollout.seen_by(
                 self.policy,
                 discount=self.gamma,
-                trace_decay=self.gae_lambda,
+                trace_decay=trace_decay,
                 chunk_size=chunk_size,
                 bootstrap=self.bootstrap,
             )
@@ -397,13 +418,15 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
 
     def _regression(self, batch: Batch, actor: frozenset[Any], chunk_size: int | None = None) -> Regression:
         """What the critic is to fit."""
+        critic = self.value_critic
+        trace_decay = self.gae_lambda if critic.gae_lambda is None else critic.gae_lambda
 
         def epoch(samples: Batch) -> Iterator[Batch]:
             return minibatches(self.rollout_buffer, samples, self._minibatch_share(), self.action_space)
 
         return Regression(
             policy=self.policy,
-            batch=self._with_past(batch, self.value_critic.n_rollouts, chunk_size),
+            batch=self._with_past(batch, critic.n_rollouts, chunk_size, trace_decay),
             frozen=actor,
             minibatches=epoch,
             epochs=self.n_critic_updates,

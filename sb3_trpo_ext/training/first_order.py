@@ -236,6 +236,9 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     A subclass implements `_policy_loss`. Its constructor ends with ``_setup_model``. The exact joint KL divergence of
     the whole rollout is known before the first epoch and after the last, and after each where ``max_kl`` bounds it.
 
+    Of several workers each computes its share of a minibatch and tells the others, in one message; or, where that takes
+    longer than a whole minibatch, all have the rollout whole, and each takes all steps (see `_joined`).
+
     Args:
         policy: As in SB3.
         env: As in SB3.

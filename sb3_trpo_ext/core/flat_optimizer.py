@@ -295,6 +295,18 @@ class FlatAdam:
         )
 
     @torch.no_grad()
+    def take_over(self, reduction: Reduction) -> None:
+        """The first worker's vector and state, in one message; that has stepped, where this one may not have."""
+        state = self._adam.state[self.vector]
+        if not state:
+            kinds = ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * self._group["amsgrad"])
+            state.update({"step": torch.zeros(())} | {kind: torch.zeros_like(self.vector) for kind in kinds})
+        names = sorted(state)
+        vector, *others = reduction.of_first([self.vector, *(state[name] for name in names)])
+        self.vector.copy_(vector)
+        state.update(zip(names, others, strict=True))
+
+    @torch.no_grad()
     def bring_along(self) -> None:
         """Write the vector into the parameters."""
         torch._foreach_copy_(list[Tensor](self._params), self._views)
@@ -359,6 +371,20 @@ class FlatDescent:
         """One step along the gradient."""
         self._has_stepped = True
         self._adam.step_along(self.gradient)
+
+
+def take_over_steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], reduction: Reduction) -> None:
+    """Take over the first worker's parameters and state of an optimiser, for what rounds otherwise elsewhere.
+
+    Args:
+        optimizer: An optimiser that `can_descend`, and has stepped where the first worker is.
+        params: The parameters.
+        reduction: Of the workers.
+    """
+    adam = FlatAdam(optimizer, params, fused=True)
+    adam.take_over(reduction)
+    adam.bring_along()
+    adam.write_back(optimizer)
 
 
 def can_descend(optimizer: torch.optim.Optimizer, module: HasParameters, params: Sequence[nn.Parameter]) -> bool:

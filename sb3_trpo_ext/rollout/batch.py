@@ -133,11 +133,12 @@ class Batch:
         part = self if here >= len(self) else self._drawn(here)
         if workers == 1:
             return self if part is self else part.reweighted()
-        if workers * min(here, len(self)) * self._row_bytes() > worth:  # the same for all workers
+        if workers * min(here, len(self)) * self.row_bytes > worth:  # the same for all workers
             return self if part is self else part.reweighted()
         return part.gathered().reweighted()
 
-    def _row_bytes(self) -> int:
+    @property
+    def row_bytes(self) -> int:
         """Bytes of one sample."""
         sizes: list[int] = []
         self.rows(lambda column: sizes.append(column.shape[1:].numel() * column.element_size()) or column)  # type: ignore[func-returns-value]

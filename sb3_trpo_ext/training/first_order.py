@@ -19,9 +19,9 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_schedule
-from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend, gradient_norm
+from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend, gradient_norm, take_over_steps
 from sb3_trpo_ext.core.parameters import gradient, trainable
-from sb3_trpo_ext.core.reduction import ALONE, moments_here
+from sb3_trpo_ext.core.reduction import ALONE, Reduction, moments_here
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation
 from sb3_trpo_ext.policy.memory_budget import GRAPHS, MEMORY_BUDGET, affordable_samples
 from sb3_trpo_ext.policy.plain_policy import PlainPolicy
@@ -31,6 +31,7 @@ from sb3_trpo_ext.rollout.action_values import has_action_values, of_taken
 from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import VIEWED_BUFFERS, minibatches, order_of_epoch, whole_rollout
 from sb3_trpo_ext.rollout.forward import NotCoveredError
+from sb3_trpo_ext.rollout.joint_rollout import INDEX_BYTES, JointRollout
 from sb3_trpo_ext.rollout.sequences import SequenceBatch
 from sb3_trpo_ext.training.action_values import ROUNDING, advantages_of_all
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
@@ -62,6 +63,16 @@ BY_HAND = (
 LARGEST_BY_HAND = 2**21
 """Numbers in the parameters, of which there are several copies, up to which minibatches go by hand; and in the features
 of a rollout, where there are more than twice as many as in its observations."""
+
+FLOP_OF_A_MESSAGE = 3e7
+"""What can be computed by hand while a message travels, beside what is to be computed in any case.
+
+1 ms at 30 GFLOP/s: between processes of a machine a message takes 0.3 to 1 ms, and longer with the gradient of large
+networks in it, of which minibatches are also computed faster. Nothing is timed, so that a run can be repeated.
+"""
+
+JOINT_BYTES = 64 * 2**20
+"""Bytes of all workers' samples up to which each of them may have them whole."""
 
 NOT_A_DISTRIBUTION = "the policy's distribution is not finite"
 
@@ -205,15 +216,17 @@ class Ascent:
     """What the epochs of an update did.
 
     Attributes:
-        statistics: By name, of each minibatch.
+        record: What to log of the minibatches: means over them, and the loss of the last one.
         evaluation: The policy that they leave, on the whole rollout.
         reached: The mean KL divergence that they reached, in an epoch that was rolled back too.
+        epochs: How many were kept.
         reason: Why nothing of them was kept; empty if something was.
     """
 
-    statistics: Statistics
+    record: dict[str, float]
     evaluation: PolicyEvaluation
     reached: float
+    epochs: int
     reason: str = ""
 
 
@@ -222,6 +235,9 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
 
     A subclass implements `_policy_loss`. Its constructor ends with ``_setup_model``. The exact joint KL divergence of
     the whole rollout is known before the first epoch and after the last, and after each where ``max_kl`` bounds it.
+
+    Of several workers each computes its share of a minibatch and tells the others, in one message; or, where that takes
+    longer than a whole minibatch, all have the rollout whole, and each takes all steps (see `_joined`).
 
     Args:
         policy: As in SB3.
@@ -350,21 +366,59 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         record: dict[str, float] = {}
         with timed(record, "time/policy_s"):
             rollout = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
-            batch = without_noise(rollout, self.rollout_buffer)
+            batch = self._joined(without_noise(rollout, self.rollout_buffer))
             if self.surrogate == "sampled" and not has_signal(batch):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             comparison = self._comparison(batch)
-            ascent = self._epochs(comparison, self._prepared(batch, comparison))
+            ascent = self._ascent(comparison, self._prepared(batch, comparison))
+        self._n_updates += ascent.epochs
         reason = ascent.reason if trainable(self.policy) else NO_PARAMETER
-
-        means = {key: float(np.mean(values)) for key, values in ascent.statistics.items()}
-        record |= {f"train/{key}": value for key, value in means.items() if key != "loss"}
-        record["train/loss"] = ascent.statistics["loss"][-1]
+        record |= ascent.record
         if self.clip_range_vf is not None:
             record["train/clip_range_vf"] = self._current_value(self.clip_range_vf)
         record |= self._log_entries(ascent.evaluation)
         self._adapt(ascent)
         return Outcome(record, reason)
+
+    def _joined(self, batch: Batch) -> Batch:
+        """The samples of all workers, where it is cheaper for each to take all steps than to wait in each for others.
+
+        A minibatch of n samples and P parameters is 6 n P operations by hand, of which W workers that share it would
+        spare each other 1 - 1/W, for a message.
+        """
+        plain, workers = self._plain_policy, batch.reduction.workers
+        if plain is None or workers == 1:
+            return batch
+        share = min(self._minibatch_share(), len(batch))
+        flop = 6 * share * (workers - 1) * sum(param.numel() for param in plain.trained_parameters())
+        row = batch.row_bytes + plain.n_features * torch.float32.itemsize + self.n_epochs * INDEX_BYTES
+        if flop > FLOP_OF_A_MESSAGE or workers * len(batch) * row > JOINT_BYTES:
+            return batch
+        return JointRollout.of(batch, self.rollout_buffer, epochs=self.n_epochs, share=share)
+
+    def _ascent(self, comparison: Comparison | RecomputedComparison, batch: Batch) -> Ascent:
+        """The epochs; where every worker took all of their steps, what came of them is what came of the first one's.
+
+        Those of others differ from it at most where their processors round otherwise. Nobody goes on before all are
+        done, so that what ends one of them ends the update of all.
+        """
+        if not isinstance(batch, JointRollout):
+            return self._epochs(comparison, batch)
+        before = self._checkpoints()
+        mine: Ascent | UpdateRejectedError
+        try:
+            mine = self._epochs(comparison, batch)
+        except UpdateRejectedError as rejection:
+            mine = rejection
+        found = self._of_first_when_all_are_done(mine)
+        if isinstance(found, UpdateRejectedError):
+            raise found
+        if not found.epochs:
+            for state in before:
+                state.restore()
+        elif self._plain_policy is not None:  # as it is where there is a joint rollout
+            take_over_steps(self.policy.optimizer, self._plain_policy.trained_parameters(), self.reduction)
+        return found
 
     @torch.no_grad()
     def _comparison(self, batch: Batch) -> Comparison | RecomputedComparison:
@@ -425,14 +479,14 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                     for state in before:
                         state.restore()
                     reason = "" if epoch else "the first epoch left the ball of radius `max_kl`"
-                    return Ascent(statistics, evaluation or self._evaluated(comparison), trial.divergence, reason)
+                    left = evaluation or self._evaluated(comparison)
+                    return Ascent(_record_of(statistics), left, trial.divergence, epoch, reason)
                 evaluation = trial
-            self._n_updates += 1
             if not within_target:
                 break
         if evaluation is None:
             evaluation = self._evaluated(comparison)
-        return Ascent(statistics, evaluation, evaluation.divergence)
+        return Ascent(_record_of(statistics), evaluation, evaluation.divergence, epoch + 1)
 
     def _evaluated(self, comparison: Comparison | RecomputedComparison) -> PolicyEvaluation:
         with consistent_evaluation(self.policy):
@@ -446,8 +500,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         if self.surrogate == "expected" and self.normalize_advantage:
             self._advantage_scale = self._deviation_over_actions(batch)
         within_target, unusable = True, None
-        with self._steps() as steps:
-            parts = self._minibatches(batch)
+        with self._steps(batch.reduction) as steps:
+            parts = self._minibatches(batch, epoch)
             if isinstance(steps, AutogradSteps) and self.reduction.workers > 1:
                 parts = steps.ahead(parts)
             for part, samples in parts:
@@ -465,12 +519,14 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
             statistics[key].extend(column)
         return within_target
 
-    def _minibatches(self, batch: Batch) -> Iterator[tuple[Any, Callable[[], Batch]]]:
+    def _minibatches(self, batch: Batch, epoch: int) -> Iterator[tuple[Any, Callable[[], Batch]]]:
         """What `_steps` look at, and the samples that those are."""
         if self._plain_policy is not None:
             order = order_of_epoch(self.rollout_buffer)
+            if isinstance(batch, JointRollout):
+                order = batch.orders[:, epoch]
             seen = replace(batch, observations=self._features(batch))[order]
-            size = self._minibatch_share()
+            size = self.batch_size // batch.reduction.workers
             parts = Minibatch.of_epoch(seen, size, standardize=self.normalize_advantage)
             for minibatch, rows in zip(parts, order.split(size), strict=True):
                 yield minibatch, partial(self._samples, batch, rows, minibatch)
@@ -487,8 +543,8 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         part = batch[rows]
         return part if batch.reduction.workers == 1 else replace(part, advantages=torch.tensor(minibatch.advantages))
 
-    def _steps(self) -> MinibatchSteps | AutogradSteps:
-        """How an epoch's steps are taken."""
+    def _steps(self, reduction: Reduction) -> MinibatchSteps | AutogradSteps:
+        """How an epoch's steps are taken, of whose samples a reduction is."""
         if self._plain_policy is None:
             return AutogradSteps(self)
         bound = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
@@ -498,7 +554,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         params = self._plain_policy.trained_parameters()
         others = {*self.policy.parameters()} - {*params}
         descent = FlatDescent(self.policy.optimizer, params, others, self._lowest())
-        return MinibatchSteps(self._plain_policy, descent, loss, self.reduction)
+        return MinibatchSteps(self._plain_policy, descent, loss, reduction)
 
     def loss_on(self, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`_losses`, of a policy whose distribution may be beyond what torch takes for one."""
@@ -512,7 +568,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
     def _rejection(self, part: Batch) -> UpdateRejectedError:
         """Why a minibatch's gradient is not finite, the same for all workers."""
         reason = "the gradient of the loss is not finite"
-        diverged, infinite = self.reduction.largest_of(torch.tensor(self._blame(part))).tolist()
+        diverged, infinite = part.reduction.largest_of(torch.tensor(self._blame(part))).tolist()
         if diverged:
             return PolicyDivergedError(NOT_A_DISTRIBUTION)
         return PolicyDivergedError(reason) if infinite else UpdateRejectedError(reason)
@@ -609,3 +665,9 @@ def _without_rounding(action_values: Tensor, log_old: Tensor) -> Tensor:
     advantages = advantages_of_all(action_values, log_old.exp())
     least = ROUNDING * action_values.abs().amax(dim=1, keepdim=True)
     return torch.where(advantages.abs() <= least, 0.0, advantages)
+
+
+def _record_of(statistics: Statistics) -> dict[str, float]:
+    """What to log of minibatches."""
+    record = {f"train/{key}": float(np.mean(values)) for key, values in statistics.items()}
+    return record | {"train/loss": statistics["loss"][-1]}

@@ -237,6 +237,10 @@ class ParallelAlgorithm(OnPolicyAlgorithm):
         for buffer, shared in zip(buffers, self.reduction.of_first(buffers) if buffers else [], strict=True):
             buffer.copy_(shared)
 
+    def _of_first_when_all_are_done(self, mine: Any) -> Any:
+        """What the first worker made of something that all of them have computed, once all have; it can be pickled."""
+        return mine if self._processes is None else self._processes.exchange(mine)[0]
+
     def _messages_since(self) -> dict[str, float]:
         """How many messages, and how many bytes in them, an update and the rollout before it took; to be logged."""
         if self._processes is None:

@@ -168,7 +168,7 @@ def after(model: Any, divergence: float | None) -> float:
     try:
         if divergence is None:
             raise PolicyDivergedError
-        model._adapt(Ascent({}, PolicyEvaluation(0.0, divergence, divergence, 0.0), divergence))
+        model._adapt(Ascent({}, PolicyEvaluation(0.0, divergence, divergence, 0.0), divergence, epochs=1))
     except UpdateRejectedError as rejection:
         model._after_rejection(rejection)
     return float(model.kl_coef)

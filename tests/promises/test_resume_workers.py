@@ -18,12 +18,16 @@ import hashlib, json, os, pathlib, sys, warnings
 import torch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
-from sb3_trpo_ext import TRPO, RecurrentTRPO
+from sb3_trpo_ext import TRPO, PPOClip, RecurrentTRPO
 
 (pathlib.Path(__file__).parent / f"pid-{os.getpid()}").touch()
 torch.set_num_threads(1)
 name, steps, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-kind, arguments = (TRPO, {"momentum": 0.5, "sample_reuse": 2}) if name == "TRPO" else (RecurrentTRPO, {})
+kind, arguments = {
+    "TRPO": (TRPO, {"momentum": 0.5, "sample_reuse": 2}),
+    "RecurrentTRPO": (RecurrentTRPO, {}),
+    "PPOClip": (PPOClip, {"batch_size": 48}),
+}[name]
 env = VecNormalize(make_vec_env("Pendulum-v1", 2))
 policy = "MlpLstmPolicy" if kind is RecurrentTRPO else "MlpPolicy"
 model = kind(policy, env, n_steps=32, seed=3, device="cpu", **arguments)
@@ -112,7 +116,7 @@ def wait_for_checkpoint(folder: Path, number: int = 1) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kind", ["TRPO", "RecurrentTRPO"])
+@pytest.mark.parametrize("kind", ["TRPO", "RecurrentTRPO", "PPOClip"])
 def test_a_killed_worker_changes_nothing(kind: str, script: Path, tmp_path: Path) -> None:
     folder, steps = tmp_path / "run", "3840"
     killed = launch(script, kind, steps, str(folder), workers=3, restarts=3)

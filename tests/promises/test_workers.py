@@ -3,16 +3,13 @@
 import copy
 import io
 import math
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +36,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
+from worker_processes import RANKS, Ranks, free_port, launch
 
 from sb3_trpo_ext import (
     NPG,
@@ -58,70 +56,6 @@ from sb3_trpo_ext.rollout.worker_envs import merged
 from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
 from sb3_trpo_ext.zoo import cli
-
-RANKS = 3
-"""With two, every sum is the same in either order."""
-
-
-# Three processes that do what they are told, all of them the same.
-
-
-def launch(rank: int, port: int) -> dict[str, str]:
-    """What torchrun puts into the environment."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def serve(rank: int, port: int, connection: Any) -> None:
-    os.environ.update(launch(rank, port))
-    torch.set_num_threads(1)
-    multiprocessing.current_process()._config["daemon"] = False  # it may have environments in processes of their own
-    while (task := connection.recv()) is not None:
-        function, arguments = task
-        torch.manual_seed(rank)
-        np.random.seed(rank)
-        try:
-            connection.send((function(rank, *arguments), None))
-        except BaseException:
-            connection.send((None, traceback.format_exc()))
-
-
-class Ranks:
-    """Runs a function in all of the processes at once."""
-
-    def __init__(self) -> None:
-        port = free_port()
-        spawn = multiprocessing.get_context("spawn")
-        self._ends, self._processes = [], []
-        for rank in range(RANKS):
-            here, there = spawn.Pipe()
-            self._processes.append(spawn.Process(target=serve, args=(rank, port, there), daemon=True))
-            self._processes[-1].start()
-            self._ends.append(here)
-
-    def __call__(self, function: Any, *arguments: Any, timeout: float = 60.0) -> list[Any]:
-        for end in self._ends:
-            end.send((function, arguments))
-        found = []
-        for rank, end in enumerate(self._ends):
-            assert end.poll(timeout), f"rank {rank} does not answer"
-            found.append(end.recv())
-        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
-        assert not failed, "\n".join(failed)
-        return [result for result, _ in found]
-
-    def close(self) -> None:
-        for end in self._ends:
-            end.send(None)
-        for process in self._processes:
-            process.join(10)
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -338,13 +272,30 @@ def messages_of(rank: int, form: str, options: dict[str, Any]) -> tuple[int, int
     return sent[-1], model._n_updates
 
 
-@pytest.mark.parametrize("form", ["ppo", "ppo-recurrent"])
-@pytest.mark.parametrize("fast_updates", [True, False])
-def test_a_minibatch_takes_one_message(ranks: Ranks, form: str, fast_updates: bool) -> None:
-    options = {"fast_updates": fast_updates, "batch_size": 24}
+WIDE = {"policy_kwargs": {"net_arch": [320, 320]}}
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("ppo", {"batch_size": 96, **WIDE}),
+        ("ppo", {"batch_size": 24, "fast_updates": False}),
+        ("ppo-recurrent", {"batch_size": 24}),
+        ("ppo-recurrent", {"batch_size": 24, "fast_updates": False}),
+    ],
+    ids=["large", "autograd", "recurrent", "recurrent by autograd"],
+)
+def test_a_minibatch_takes_one_message(ranks: Ranks, form: str, options: dict[str, Any]) -> None:
     two, four = (ranks(messages_of, form, {**options, "n_epochs": n_epochs})[0][0] for n_epochs in (2, 4))
-    minibatches = STEPS * 2 * RANKS // 24
+    minibatches = STEPS * 2 * RANKS // options["batch_size"]
     assert four - two == 2 * (minibatches + 1)  # and that of the advantages
+
+
+@pytest.mark.parametrize("form", ["ppo", "ppo-penalty"])
+@pytest.mark.parametrize("options", [{"batch_size": 24}, {"batch_size": 6, **WIDE}], ids=["small", "small batch"])
+def test_minibatches_of_little_arithmetic_take_none(ranks: Ranks, form: str, options: dict[str, Any]) -> None:
+    for n_epochs in (2, 4):
+        assert ranks(messages_of, form, {**options, "n_epochs": n_epochs, "max_kl": 1.0}) == [(6, 3 * n_epochs)] * RANKS
 
 
 def test_an_update_of_trpo_takes_few_messages(ranks: Ranks) -> None:

@@ -371,7 +371,6 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                 self._tell_once("the policy loss of this rollout is left out", NO_SIGNAL)
             comparison = self._comparison(batch)
             ascent = self._ascent(comparison, self._prepared(batch, comparison))
-        self._n_updates += ascent.epochs
         reason = ascent.reason if trainable(self.policy) else NO_PARAMETER
         record |= ascent.record
         if self.clip_range_vf is not None:
@@ -404,7 +403,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         """
         if not isinstance(batch, JointRollout):
             return self._epochs(comparison, batch)
-        before = self._checkpoints()
+        before, updates = self._checkpoints(), self._n_updates
         mine: Ascent | UpdateRejectedError
         try:
             mine = self._epochs(comparison, batch)
@@ -413,6 +412,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
         found = self._of_first_when_all_are_done(mine)
         if isinstance(found, UpdateRejectedError):
             raise found
+        self._n_updates = updates + found.epochs
         if not found.epochs:
             for state in before:
                 state.restore()
@@ -482,6 +482,7 @@ class FirstOrderAlgorithm(TrustRegionAlgorithm):
                     left = evaluation or self._evaluated(comparison)
                     return Ascent(_record_of(statistics), left, trial.divergence, epoch, reason)
                 evaluation = trial
+            self._n_updates += 1
             if not within_target:
                 break
         if evaluation is None:

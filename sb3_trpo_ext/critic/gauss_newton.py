@@ -44,7 +44,8 @@ class GaussNewtonCritic(Critic):
             They are forgotten with the policy or the environment that they belong to, and not saved with the model.
         gae_lambda: λ in [0, 1] of the returns R, where that of the advantages is another: the gradient has less noise
             with a smaller λ, at the cost of V's error, and V less error with a larger one, which sees rewards further
-            away. None for the model's ``gae_lambda``. ``rollout_buffer.returns`` has them from the update on.
+            away. None for the model's ``gae_lambda``. ``rollout_buffer.returns`` has them when a rollout ends, before a
+            callback hears of it; what that writes there is what V is fitted to.
     """
 
     def __init__(

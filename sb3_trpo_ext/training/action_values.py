@@ -40,7 +40,7 @@ class CutOff(NamedTuple):
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
     """Give an object another method within the block; one of its own that it had before it has again afterwards."""
     before = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, method)
@@ -148,8 +148,8 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             cut_off.clear()  # their rewards are as they should be, if a callback asks once more
 
         # What SB3's loop calls once a step, and at the end before the callback hears of it.
-        own = _replaced(self, "_update_info_buffer", note_cut_off)
-        with own, _replaced(buffer, "compute_returns_and_advantage", estimate):
+        own = replaced(self, "_update_info_buffer", note_cut_off)
+        with own, replaced(buffer, "compute_returns_and_advantage", estimate):
             yield
 
     def _excluded_save_params(self) -> list[str]:
@@ -187,8 +187,8 @@ class ActionValueAlgorithm(ResumableAlgorithm):
             values,
             1.0 - torch.as_tensor(starts).to(values),
             torch.ones(shape).to(values),
-            discount=self.gamma,
-            trace_decay=self.gae_lambda,
+            discount=buffer.gamma,
+            trace_decay=buffer.gae_lambda,
             bootstraps=bootstraps,
         )
         buffer.advantages = advantages.cpu().numpy().astype(buffer.values.dtype)

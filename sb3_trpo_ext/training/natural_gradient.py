@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radius, check_samples, check_share
@@ -32,6 +36,7 @@ from sb3_trpo_ext.rollout.batch import Batch
 from sb3_trpo_ext.rollout.buffers import RECURRENT_BUFFERS, VIEWED_BUFFERS, minibatches, whole_rollout
 from sb3_trpo_ext.rollout.past_rollouts import PastRollout, joined
 from sb3_trpo_ext.rollout.returns import decay_returns
+from sb3_trpo_ext.training.action_values import replaced
 from sb3_trpo_ext.training.arguments import check_minibatches, check_rollout_size
 from sb3_trpo_ext.training.base import Outcome, TrustRegionAlgorithm, plain, timed
 from sb3_trpo_ext.training.transaction import Attributes, Restorable, StateCheckpoint
@@ -126,6 +131,10 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             vars(self).pop(name, None)
 
     def _prepare_update(self) -> None:
+        self._renew_critic()
+        check_saveable(self.value_critic)
+
+    def _renew_critic(self) -> None:
         """Make another critic, with the state of the one before, where the arguments of it were changed."""
         arguments = self._fit_of_critic()
         if arguments != self._critic_arguments:
@@ -134,7 +143,25 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
             if state and type(critic) is type(self.value_critic):
                 critic.load_state_dict(state)
             self.value_critic, self._critic_arguments = critic, arguments
-        check_saveable(self.value_critic)
+
+    @contextmanager
+    def _own_estimates(self, env: VecEnv, buffer: RolloutBuffer, *args: Any) -> Iterator[None]:
+        """Let a rollout end with the returns that the critic asks for, before a callback hears of it."""
+        self._renew_critic()
+        self._check_decay_of(self.value_critic, type(buffer))
+        with super()._own_estimates(env, buffer, *args):
+            decay = self.value_critic.gae_lambda
+            if decay is None:
+                yield
+                return
+            estimate = buffer.compute_returns_and_advantage
+
+            def with_returns(last_values: Tensor, dones: np.ndarray) -> None:
+                estimate(last_values, dones)
+                decay_returns(buffer, decay)
+
+            with replaced(buffer, "compute_returns_and_advantage", with_returns):
+                yield
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
@@ -175,7 +202,7 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         check_order(critic, has_memory=has_memory, buffer=self.rollout_buffer_class)
         name, rollouts = "critic_kwargs['n_rollouts']", critic.n_rollouts
         check_integer(name, rollouts, hint=ONE_ROLLOUT)
-        self._check_decay_of(critic)
+        self._check_decay_of(critic, self.rollout_buffer_class)
         if rollouts == 1:
             return
         if has_memory:
@@ -189,16 +216,16 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
                 f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
             )
 
-    def _check_decay_of(self, critic: Critic) -> None:
-        """Raise `ValueError` if a critic asks for returns that the buffer's advantages cannot be turned into."""
+    def _check_decay_of(self, critic: Critic, buffer: type[RolloutBuffer] | None) -> None:
+        """Raise `ValueError` if a critic asks for returns that a buffer's advantages cannot be turned into."""
         name, decay = "critic_kwargs['gae_lambda']", critic.gae_lambda
         if decay is None:
             return
         check_share(name, decay, hint=SAME_DECAY)
-        if self.rollout_buffer_class not in (None, *VIEWED_BUFFERS, *RECURRENT_BUFFERS):
+        if buffer not in (None, *VIEWED_BUFFERS, *RECURRENT_BUFFERS):
             raise ValueError(
-                f"`{name}` needs the arrays of SB3's own rollout buffers, got {decay} with "
-                f"rollout_buffer_class={self.rollout_buffer_class!r}. Leave out one of the two."
+                f"`{name}` needs the arrays of SB3's own rollout buffers, got {decay} with the rollout buffer "
+                f"{buffer!r}. Leave out one of the two."
             )
         if self.bootstrap == "max":
             raise ValueError(
@@ -254,8 +281,6 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
         record = {"train/target_kl": self.trust_region_radius()}
         with consistent_evaluation(self.policy):
             with timed(record, "time/policy_s"):
-                if self.value_critic.gae_lambda is not None:
-                    decay_returns(self.rollout_buffer, self.value_critic.gae_lambda)
                 batch = whole_rollout(self.rollout_buffer, self.action_space, self.reduction)
                 chunk_size = self._chunk_size(batch)
             if self.surrogate == "expected":  # which is made of what the critic has learnt of the rollout

@@ -442,8 +442,9 @@ class Session:
         for rank, fingerprint in enumerate(fingerprints):
             if fingerprint != fingerprints[0]:
                 raise RuntimeError(
-                    f"Rank {rank} has another model than rank 0 has: something has changed parameters, optimiser or "
-                    "critic of one of them alone. Let a callback that does so run everywhere: every_rank(callback)."
+                    f"Rank {rank} has another model than rank 0 has: something has changed parameters, optimiser, "
+                    "critic or arguments of one of them alone. Let a callback that does so run everywhere: "
+                    "every_rank(callback)."
                 )
         model.num_timesteps, self.others_steps = self._steps_before + sum(steps), 0
         self._keep_episodes(chain(infos, *new_infos), chain(successes, *new_successes))
@@ -459,10 +460,15 @@ class Session:
         return moments_here(torch.as_tensor(np.stack([returns, returns - values]))).numpy()
 
     def _fingerprint(self) -> tuple[int, ...]:
-        """A checksum of parameters and buffers, of the optimiser's and of the critic's state, and of attributes."""
+        """Checksums of parameters and buffers, of the optimiser's and of the critic's state, and of attributes.
+
+        Arguments count too that are numbers, texts or switches, and no schedules and the like.
+        """
         model = self._model
         attributes = [getattr(model, name, None) for name in model._shared_attributes() if name != "num_timesteps"]
-        return (*(_checksum(state) for state in model.get_parameters().values()), _checksum(attributes))
+        arguments = [(name, value) for name, value in arguments_of(model) if isinstance(value, (int, float, str))]
+        states = [*model.get_parameters().values(), attributes, arguments]
+        return tuple(_checksum(state) for state in states)
 
     def end(self) -> None:
         """Wait for the others, one of which may have failed since the last rollout."""
@@ -508,8 +514,13 @@ def settings(model: Any) -> dict[str, str]:
         "past rollouts": str(len(getattr(model, "_past_rollouts", ()))),
         "statistics of VecNormalize": str(len(list(normalizers_of(model.env)))),
     }
-    names = (parameters_of(type(model)) & vars(model).keys()) - OWN_TO_A_WORKER
-    return found | {name: _in_words(getattr(model, name)) for name in sorted(names)}
+    return found | {name: _in_words(value) for name, value in arguments_of(model)}
+
+
+def arguments_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """The constructor's arguments that must be the same for all workers, as they are now."""
+    for name in sorted((parameters_of(type(model)) & vars(model).keys()) - OWN_TO_A_WORKER):
+        yield name, getattr(model, name)
 
 
 def _tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:

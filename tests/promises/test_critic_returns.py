@@ -132,6 +132,54 @@ def test_earlier_rollouts_have_the_same_decay() -> None:
     assert bool(((ratios > 0) & (ratios <= 1 + 1e-5)).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_callback_has_the_last_word_on_returns_and_its_advantages_change_none(kind: str) -> None:
+    algorithm, action, options = KINDS[kind]
+    watch = {"critic_kwargs": {"fit": Watched}} if "critic" in options else {"critic": Watched, "critic_kwargs": {}}
+    watch["critic_kwargs"] = {**watch["critic_kwargs"], "gae_lambda": 0.4}
+
+    class Change(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]
+            buffer.advantages = 2 * buffer.advantages + 1
+            buffer.gae_lambda, buffer.gamma = 0.7, 0.5
+            buffer.returns[0] = 7.0
+
+        def _on_step(self) -> bool:
+            return True
+
+    def returns(callback: BaseCallback) -> np.ndarray:
+        model = make(algorithm, action, **{**watch, **options}).learn(32, callback=callback)
+        return model.value_critic.returns.numpy()
+
+    expected = Expected()
+    returns(expected)
+    found = returns(Change())
+    np.testing.assert_array_equal(found[1:], expected.returns.reshape(-1)[1:])
+    assert found[0] == 7.0
+
+
+@pytest.mark.parametrize("kind", ["masks", "action values", "trpo"])
+def test_a_decay_that_is_changed_later_is_the_buffers_as_in_sb3(kind: str) -> None:
+    algorithm, action, options = KINDS[kind]
+    critic = {**options.pop("critic_kwargs", {}), "gae_lambda": 0.4}
+
+    def learnt(decay: float) -> torch.Tensor:
+        model = make(algorithm, action, **{**options, "critic_kwargs": critic}).learn(32)
+        model.gae_lambda = decay
+        model.learn(32)
+        return torch.cat([param.detach().flatten() for param in model.policy.parameters()])
+
+    assert torch.equal(learnt(0.5), learnt(0.95))
+
+
+def test_explained_variance_is_of_the_returns_that_v_was_fitted_to() -> None:
+    model = make(TRPO, "box", critic_kwargs={"gae_lambda": 0.4}).learn(32)
+    values, returns = model.rollout_buffer.values, model.rollout_buffer.returns
+    explained = 1 - np.var(returns - values) / np.var(returns)
+    assert model.logger.name_to_value["train/explained_variance"] == pytest.approx(explained)
+
+
 def test_what_cannot_be_is_refused() -> None:
     class Mine(RolloutBuffer):
         pass
@@ -147,4 +195,16 @@ def test_what_cannot_be_is_refused() -> None:
     model = make(TRPO).learn(32)
     model.critic_kwargs = {"gae_lambda": 2}
     with pytest.raises(ValueError, match=r"`critic_kwargs\['gae_lambda'\]` must be at most 1, got 2"):
+        model.learn(32)
+    model.critic_kwargs = {}
+    model.learn(32)
+    model.value_critic.gae_lambda = float("nan")
+    with pytest.raises(ValueError, match=r"`critic_kwargs\['gae_lambda'\]` must be a finite"):
+        model.learn(32)
+    model.value_critic.gae_lambda = 0.5
+    before = model.rollout_buffer
+    model.rollout_buffer = Mine(
+        before.buffer_size, before.observation_space, before.action_space, "cpu", before.gae_lambda, before.gamma, 1
+    )
+    with pytest.raises(ValueError, match=r"`critic_kwargs\['gae_lambda'\]` needs the arrays of SB3's own rollout"):
         model.learn(32)

@@ -748,13 +748,16 @@ def test_one_that_has_to_update_by_autograd_is_waited_for(ranks: Ranks, form: st
     assert found[0][0] == found[2][0] == others
 
 
-def changed_on_one(rank: int) -> Any:
-    model = learner("trpo")
+def changed_on_one(rank: int, form: str, change: str) -> Any:
+    model = learner(form)
 
     class Change(BaseCallback):
         def _on_rollout_end(self) -> None:
-            with torch.no_grad():
-                self.model.policy.value_net.bias += 1.0
+            if change == "parameters":
+                with torch.no_grad():
+                    self.model.policy.value_net.bias += 1.0
+            else:  # what its next message would be long for
+                setattr(self.model, change, getattr(self.model, change) + 1)
 
         def _on_step(self) -> bool:
             return True
@@ -765,8 +768,9 @@ def changed_on_one(rank: int) -> Any:
     return str(caught.value)
 
 
-def test_a_model_that_is_changed_on_one_rank_alone_is_found(ranks: Ranks) -> None:
-    assert all("every_rank(callback)" in text for text in ranks(changed_on_one))
+@pytest.mark.parametrize(("form", "change"), [("trpo", "parameters"), ("ppo", "n_epochs"), ("trpo", "cg_max_steps")])
+def test_a_model_that_is_changed_on_one_rank_alone_is_found(ranks: Ranks, form: str, change: str) -> None:
+    assert all("every_rank(callback)" in text for text in ranks(changed_on_one, form, change))
 
 
 def test_environments_are_seeded_as_those_of_one_process_would_be(ranks: Ranks) -> None:

@@ -324,7 +324,9 @@ def finishing(make: Callable[[], Any], checkpoints: Path, result: Path, total: i
         model = make()
         arguments = {"checkpoint_dir": checkpoints, "checkpoint_freq": 1, "callback": Kill(), **kwargs}
         model.learn(total, **arguments)
-        result.write_text(json.dumps(all_of(model)))
+        partial = result.with_suffix(".partial")  # it may be killed while it writes this too
+        partial.write_text(json.dumps(all_of(model)))
+        partial.replace(result)
 
     return program
 

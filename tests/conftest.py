@@ -1,10 +1,11 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import matplotlib
 import pytest
 import torch
 from hypothesis import settings
+from worker_processes import Ranks
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -16,6 +17,13 @@ settings.load_profile("quiet")
 def as_in_a_new_process() -> None:
     torch.manual_seed(0)
     torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile leaves it switched off
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    found = Ranks()
+    yield found
+    found.close()
 
 
 @pytest.fixture

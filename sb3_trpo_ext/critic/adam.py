@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.arguments import check_integer, check_share
+from sb3_trpo_ext.core.arguments import check_integer
 from sb3_trpo_ext.core.flat_optimizer import FlatDescent, FlatOptimizer, can_descend
 from sb3_trpo_ext.core.parameters import trainable
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction, check_decay
 from sb3_trpo_ext.policy.perceptron import Perceptron
 from sb3_trpo_ext.rollout.action_values import of_taken
 
@@ -28,8 +28,7 @@ class AdamCritic(Critic):
 
     def __init__(self, *, n_rollouts: int = 1, gae_lambda: float | None = None) -> None:
         check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
-        if gae_lambda is not None:
-            check_share("critic_kwargs['gae_lambda']", gae_lambda, hint=SAME_DECAY)
+        check_decay(gae_lambda)
         self.gae_lambda = gae_lambda
         self.n_rollouts = n_rollouts
 

@@ -13,6 +13,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from torch import Tensor, nn
 
+from sb3_trpo_ext.core.arguments import check_share
 from sb3_trpo_ext.core.curvature import Jacobian, Linearization
 from sb3_trpo_ext.core.parameters import gradient, trainable
 from sb3_trpo_ext.policy.memory_budget import MEMORY_BUDGET
@@ -27,9 +28,6 @@ KNOWN_VALUES = (ActorCriticPolicy, MaskableActorCriticPolicy)
 
 ONE_ROLLOUT = "1 fits every rollout by itself."
 """Advice about a number of rollouts that is none."""
-
-SAME_DECAY = "Leave it out for the model's `gae_lambda`."
-"""Advice about a λ that is none."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +178,12 @@ def _plain_critic_of(policy: ActorCriticPolicy) -> Any:
     owner = owner_of(policy, "action_values", [ActionValues])
     is_usual = any(has_method_of(type(owner), "predict_values", kind) for kind in KNOWN_VALUES)
     return owner if is_usual else None
+
+
+def check_decay(value: float | None) -> None:
+    """Raise `ValueError` unless ``value`` is a λ in [0, 1], or None for the model's."""
+    if value is not None:
+        check_share("critic_kwargs['gae_lambda']", value, hint="Leave it out for the model's `gae_lambda`.")
 
 
 def has_state(critic: Critic) -> bool:

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples, check_share
+from sb3_trpo_ext.core.arguments import check_integer, check_number, check_samples
 from sb3_trpo_ext.core.curvature import GaussNewtonProduct, Jacobian, Metric
 from sb3_trpo_ext.core.natural_step import Acceptance, TrustRegion, backtrack, natural_direction
 from sb3_trpo_ext.core.parameters import flatten
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, ValueFunction
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, ValueFunction, check_decay
 from sb3_trpo_ext.rollout.batch import Batch, fits
 
 
@@ -67,8 +67,7 @@ class GaussNewtonCritic(Critic):
             check_integer(f"critic_kwargs['{name}']", value)
         check_integer("critic_kwargs['n_rollouts']", n_rollouts, hint=ONE_ROLLOUT)
         check_number("critic_kwargs['damping']", damping, positive=True)
-        if gae_lambda is not None:
-            check_share("critic_kwargs['gae_lambda']", gae_lambda, hint=SAME_DECAY)
+        check_decay(gae_lambda)
         if curvature_samples != "auto":
             check_samples("critic_kwargs['curvature_samples']", curvature_samples)
         self.damping = damping

@@ -24,7 +24,7 @@ from sb3_trpo_ext.core.arguments import check_integer, check_number, check_radiu
 from sb3_trpo_ext.core.natural_step import Direction, Step, natural_direction
 from sb3_trpo_ext.core.parameters import flatten, gradient, leave_gradients, trainable
 from sb3_trpo_ext.critic import check_order, make_critic
-from sb3_trpo_ext.critic.base import ONE_ROLLOUT, SAME_DECAY, Critic, Regression, check_saveable, has_state
+from sb3_trpo_ext.critic.base import ONE_ROLLOUT, Critic, Regression, check_decay, check_saveable, has_state
 from sb3_trpo_ext.critic.gauss_newton import GaussNewtonCritic
 from sb3_trpo_ext.policy.evaluation import consistent_evaluation, explained_double_backward
 from sb3_trpo_ext.policy.exploration import SpreadBlock
@@ -219,9 +219,9 @@ class NaturalGradientAlgorithm(TrustRegionAlgorithm):
     def _check_decay_of(self, critic: Critic, buffer: type[RolloutBuffer] | None) -> None:
         """Raise `ValueError` if a critic asks for returns that a buffer's advantages cannot be turned into."""
         name, decay = "critic_kwargs['gae_lambda']", critic.gae_lambda
+        check_decay(decay)
         if decay is None:
             return
-        check_share(name, decay, hint=SAME_DECAY)
         if buffer not in (None, *VIEWED_BUFFERS, *RECURRENT_BUFFERS):
             raise ValueError(
                 f"`{name}` needs the arrays of SB3's own rollout buffers, got {decay} with the rollout buffer "

@@ -317,6 +317,7 @@ class Session:
     def __init__(self, model: Any, processes: ProcessGroup) -> None:
         self._model, self._processes = model, processes
         self._normalizers = list(normalizers_of(model.env))
+        self._arguments = shared_arguments(model)
         self._steps_before = 0
         self._episodes_before: tuple[list[Any], list[Any]] = [], []
 
@@ -466,8 +467,9 @@ class Session:
         """
         model = self._model
         attributes = [getattr(model, name, None) for name in model._shared_attributes() if name != "num_timesteps"]
-        arguments = [(name, value) for name, value in arguments_of(model) if isinstance(value, (int, float, str))]
-        states = [*model.get_parameters().values(), attributes, arguments]
+        arguments = [getattr(model, name, None) for name in self._arguments]
+        plain = [value for value in arguments if isinstance(value, (int, float, str))]
+        states = [*model.get_parameters().values(), attributes, plain]
         return tuple(_checksum(state) for state in states)
 
     def end(self) -> None:
@@ -514,13 +516,12 @@ def settings(model: Any) -> dict[str, str]:
         "past rollouts": str(len(getattr(model, "_past_rollouts", ()))),
         "statistics of VecNormalize": str(len(list(normalizers_of(model.env)))),
     }
-    return found | {name: _in_words(value) for name, value in arguments_of(model)}
+    return found | {name: _in_words(getattr(model, name)) for name in shared_arguments(model)}
 
 
-def arguments_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """The constructor's arguments that must be the same for all workers, as they are now."""
-    for name in sorted((parameters_of(type(model)) & vars(model).keys()) - OWN_TO_A_WORKER):
-        yield name, getattr(model, name)
+def shared_arguments(model: Any) -> list[str]:
+    """Names of the constructor's arguments that must be the same for all workers."""
+    return sorted((parameters_of(type(model)) & vars(model).keys()) - OWN_TO_A_WORKER)
 
 
 def _tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,6 @@
 import math
 import re
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -48,13 +47,6 @@ FORMS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 SOME = range(2, 16)
 KEPT = {"clip-target": SOME, "clip-bound": SOME, "penalty-bound": SOME, "clip-nothing-kept": [0]}
 """Epochs that are kept of two updates, where it is not all of them."""
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    found = Ranks()
-    yield found
-    found.close()
 
 
 def model_of(form: str, **changes: Any) -> Any:

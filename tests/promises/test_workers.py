@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,6 @@ from sb3_trpo_ext.rollout.worker_envs import merged
 from sb3_trpo_ext.training import checkpoint_files
 from sb3_trpo_ext.training.communicator import ProcessGroup
 from sb3_trpo_ext.zoo import cli
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    found = Ranks()
-    yield found
-    found.close()
-
 
 # The update of three workers is that of one process with their samples.
 
@@ -756,7 +747,7 @@ def changed_on_one(rank: int, form: str, change: str) -> Any:
             if change == "parameters":
                 with torch.no_grad():
                     self.model.policy.value_net.bias += 1.0
-            else:  # what its next message would be long for
+            else:
                 setattr(self.model, change, getattr(self.model, change) + 1)
 
         def _on_step(self) -> bool:
